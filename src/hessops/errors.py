@@ -1,0 +1,116 @@
+"""Typed errors and warnings.
+
+Every error of `hessops` derives from `HessopsError` and from the built-in exception that says what
+kind of mistake it is, so that ``except ValueError`` keeps working. A message names the argument,
+what came, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class HessopsError(Exception):
+    """Base class of every error raised by `hessops`."""
+
+
+class ArgumentError(HessopsError, ValueError):
+    """An argument has the right type but a value that cannot be used."""
+
+
+class ArgumentTypeError(HessopsError, TypeError):
+    """An argument has a type that cannot be used."""
+
+
+class ShapeError(HessopsError, ValueError):
+    """A tensor has a shape that does not fit."""
+
+
+class DtypeError(HessopsError, TypeError):
+    """A tensor has another dtype than the operator; nothing is cast silently."""
+
+
+class DeviceError(HessopsError, ValueError):
+    """Tensors lie on devices that cannot be combined, or an operator cannot be moved."""
+
+
+class NonFiniteError(HessopsError, ValueError):
+    """NaN or infinity in parameters, data, a vector or a product."""
+
+
+class ParameterNameError(HessopsError, ValueError):
+    """A parameter name is unknown, missing, superfluous, frozen or given twice."""
+
+
+class ModelError(HessopsError, ValueError):
+    """The model cannot be differentiated as a function of its parameters and one batch."""
+
+
+class TrainingModeError(ModelError):
+    """The model's forward is random or couples the points of a batch (dropout, batch-norm)."""
+
+
+class LossError(HessopsError, ValueError):
+    """The loss is not the mean, sum or vector of per-sample losses it is claimed to be."""
+
+
+class DataError(HessopsError, ValueError):
+    """The data are empty, of an unknown form, or inconsistent within a batch."""
+
+
+class DataChangedError(DataError):
+    """Two passes over the data did not give the same points."""
+
+
+class OneShotDataError(DataError, TypeError):
+    """The data can be iterated only once, but operators make a pass for every application."""
+
+
+class StructureError(HessopsError, ValueError):
+    """An operator lacks the structure (symmetry, definiteness, an adjoint) that is needed."""
+
+
+class SingularOperatorError(HessopsError, ValueError):
+    """A matrix or operator is singular to working precision, so that it has no inverse."""
+
+
+class MissingInverseError(StructureError):
+    """The operator has no inverse in closed form and no solver was given."""
+
+
+class MemoryLimitError(HessopsError, MemoryError):
+    """A dense result would not fit into memory."""
+
+
+class NotYetSupportedError(HessopsError, NotImplementedError):
+    """A documented feature that this version does not have yet."""
+
+
+class SolverError(HessopsError, ArithmeticError):
+    """A solve ended without an answer that could be returned."""
+
+
+class IndefiniteOperatorError(SolverError):
+    """The operator has negative curvature, so that conjugate gradients do not apply."""
+
+
+class SolverBreakdownError(SolverError):
+    """A solve met a direction of zero curvature before it reached its tolerance."""
+
+
+class NonFiniteProductError(SolverError, NonFiniteError):
+    """The operator returned NaN or infinity during a solve."""
+
+
+class ForwardModeError(HessopsError, ArithmeticError):
+    """Forward-mode differentiation is refused or wrong for this model."""
+
+
+class ConformanceError(HessopsError, AssertionError):
+    """An operator does not keep a promise that `hessops.testing` checks."""
+
+
+class HessopsWarning(UserWarning):
+    """Base class of every warning issued by `hessops`."""
+
+
+class ConvergenceWarning(HessopsWarning):
+    """A solve stopped short of its tolerance; the value returned carries its true residual."""

@@ -1,0 +1,437 @@
+"""Batch and BatchStream: the data of an operator, replayed pass after pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DataChangedError,
+    DataError,
+    OneShotDataError,
+)
+from hessops.nested import map_tensors, named_tensor_leaves, tensor_leaves
+
+Unpack = Callable[[object], tuple[object, object]]
+
+# What `cache="auto"` may hold. A constant and not a share of the free memory, so that equal calls
+# take the same route on a busy machine and on an idle one.
+AUTO_CACHE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some points: inputs and targets whose tensors share their leading dimension.
+
+    Attributes:
+        x: Inputs: a tensor ``(n, ...)``, or a tuple, list or mapping of such tensors.
+        y: Targets, likewise; ``None`` where the loss needs none.
+        size: n, the number of points.
+        position: Place of the batch in its pass, for messages.
+
+    Example:
+        >>> import torch
+        >>> from hessops import Batch
+        >>> batch = Batch.from_raw((torch.zeros(5, 3), torch.zeros(5)))
+        >>> batch.size
+        5
+    """
+
+    x: object
+    y: object
+    size: int
+    position: int = 0
+
+    @classmethod
+    def from_raw(cls, raw: object, unpack: Unpack | None = None, position: int = 0) -> Batch:
+        """Reads what a loader yields.
+
+        Args:
+            raw: A pair ``(x, y)``; anything else needs `unpack`.
+            unpack: Function from the raw batch to ``(x, y)``.
+            position: Place of the batch in its pass.
+
+        Raises:
+            DataError: Not a pair, no tensor with a leading dimension, or lengths that disagree.
+        """
+        if isinstance(raw, Batch):
+            return raw
+        pair = raw if unpack is None else unpack(raw)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            source = "the dataloader yields" if unpack is None else "unpack returns"
+            raise DataError(
+                f"batch {position}: {source} {_describe(pair)}, expected a pair (x, y); "
+                "pass unpack=, a function from a batch to (x, y)"
+            )
+        return cls(*pair, size=_common_length(pair, position), position=position)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with every tensor on `device`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, non_blocking=True)
+
+        return replace(self, x=map_tensors(move, self.x), y=map_tensors(move, self.y))
+
+    def rows(self, index: Tensor | slice, size: int) -> Batch:
+        """The points at some positions; tensors without dimensions are shared by all points."""
+        return replace(
+            self, x=take_rows(self.x, index), y=take_rows(self.y, index), size=size
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors, in bytes."""
+        return sum(t.numel() * t.element_size() for t in tensor_leaves((self.x, self.y)))
+
+
+def take_rows(nested: object, index: Tensor | slice) -> object:
+    """Indexes the leading dimension of every tensor that has one."""
+    return map_tensors(lambda t: t[index] if t.ndim else t, nested)
+
+
+def _common_length(pair: object, position: int) -> int:
+    lengths: dict[str, int] = {}
+    for part, name in zip(pair, ("x", "y"), strict=True):  # type: ignore[call-overload]  # a pair
+        leaves = dict(named_tensor_leaves(part, name))
+        if not leaves and name == "x":
+            raise DataError(
+                f"batch {position}: x holds no tensor but is {_describe(part)}"
+            )
+        if leaves and all(t.ndim == 0 for t in leaves.values()):
+            raise DataError(
+                f"batch {position}: {name} has no leading dimension over points (a scalar tensor); "
+                "is this a single point instead of a batch?"
+            )
+        lengths |= {leaf: len(t) for leaf, t in leaves.items() if t.ndim}
+    if len(set(lengths.values())) > 1:
+        raise DataError(
+            f"batch {position}: tensors disagree in their number of points: "
+            + ", ".join(f"{leaf} has {n}" for leaf, n in lengths.items())
+        )
+    return next(iter(lengths.values()))
+
+
+class BatchStream:
+    """Replays an iterable of batches: the same points in every pass, counted and on one device.
+
+    The loader's own order, sampler, batch sampler and ``collate_fn`` are honoured. It runs under a
+    private random state, so that a pass leaves the global one as it was (iterating any
+    ``DataLoader`` without a generator draws from it). Data that differ from pass to pass, as with
+    random augmentation, are detected by a fingerprint that does not depend on the order of the
+    points, and refused; a shuffled order is fine.
+
+    When all batches fit the byte budget they are kept on the device. Before kept batches are used a
+    second time the data are loaded once more and compared, so that a cache never hides an
+    augmentation.
+
+    Args:
+        data: A ``DataLoader``, a list of batches, or any iterable that can be iterated again.
+        device: Where the batches go.
+        unpack: Function from a raw batch to ``(x, y)``; ``None`` expects pairs.
+        cache: ``"auto"`` keeps the batches when they fit 1 GiB, ``True`` always, ``False`` never,
+            a number of bytes sets the budget. Part of a stream is never kept.
+        progress: Shows a progress bar over the batches of each pass.
+
+    Raises:
+        OneShotDataError: `data` is an iterator or generator.
+        ArgumentTypeError: `data` cannot be iterated, or is a dataset or tensor, not batches.
+        DataError: There are no batches.
+        ArgumentError: `cache` is none of the above.
+
+    Example:
+        >>> import torch
+        >>> from hessops import BatchStream
+        >>> stream = BatchStream([(torch.zeros(3, 2), torch.zeros(3)), (torch.ones(1, 2), torch.ones(1))])
+        >>> [batch.size for batch in stream], stream.num_points
+        ([3, 1], 4)
+    """
+
+    def __init__(
+        self,
+        data: Iterable[object],
+        *,
+        device: torch.device | str = "cpu",
+        unpack: Unpack | None = None,
+        cache: str | bool | int = "auto",
+        progress: bool = False,
+    ) -> None:
+        _require_replayable(data)
+        self.data = data
+        self.device = torch.device(device)
+        self.unpack = unpack
+        self.cache = cache
+        self.progress = progress
+        self._budget = _cache_budget(cache)
+        self._random_state = _PrivateRandomState()
+        self._first_pass: _Fingerprint | None = None
+        self._kept: list[Batch] | None = None
+        self._kept_is_verified = False
+
+    @property
+    def num_points(self) -> int | None:
+        """Number of points; ``None`` before the first whole pass."""
+        return None if self._first_pass is None else self._first_pass.num_points
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the batches of the last pass are kept on the device."""
+        return self._kept is not None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches of one pass; empty batches are left out.
+
+        Raises:
+            DataError: The pass gave no point at all.
+            DataChangedError: The pass gave other points than the first one.
+        """
+        if self._kept is None:
+            yield from self._load()
+            return
+        if not self._kept_is_verified:
+            for _ in self._load(keep=False):
+                pass
+            self._kept_is_verified = True
+        yield from self._with_progress(self._kept, len(self._kept))
+
+    def to(self, device: torch.device | str) -> BatchStream:
+        """The same stream on another device; kept batches move along."""
+        moved = BatchStream(
+            self.data,
+            device=device,
+            unpack=self.unpack,
+            cache=self.cache,
+            progress=self.progress,
+        )
+        without_values = moved.device.type == "meta"
+        moved._first_pass = None if without_values else self._first_pass
+        if self._kept is not None:
+            moved._kept = [batch.to(device) for batch in self._kept]
+            moved._kept_is_verified = self._kept_is_verified or without_values
+        return moved
+
+    def _load(self, *, keep: bool = True) -> Iterator[Batch]:
+        """One pass over the data themselves."""
+        fingerprint = _Fingerprint()
+        kept: list[Batch] | None = [] if keep and self._budget > 0 else None
+        kept_bytes = 0
+        length = len(self.data) if _has_length(self.data) else None
+        raw_batches = self._random_state.iterate(self.data)
+        for position, raw in enumerate(self._with_progress(raw_batches, length)):
+            original = Batch.from_raw(raw, self.unpack, position)
+            if original.size == 0:
+                continue
+            batch = original.to(self.device)
+            fingerprint.add(batch)
+            if kept is not None:
+                kept_bytes += batch.num_bytes
+                if kept_bytes > self._budget:
+                    kept = None
+                else:
+                    kept.append(_owned(batch, original))
+            yield batch
+        if fingerprint.num_points == 0:
+            raise DataError("dataloader is empty: a pass over it gave no point")
+        if self._first_pass is None:
+            self._first_pass = fingerprint
+        else:
+            self._first_pass.require_equal(fingerprint)
+        if kept is not None:
+            self._kept = kept
+
+    def _with_progress(self, batches: Iterable[object], length: int | None) -> Iterable[object]:
+        if not self.progress:
+            return batches
+        bar: Iterable[object] = tqdm(
+            batches, total=length, desc="batches", unit="batch", leave=False
+        )
+        return bar
+
+    def __repr__(self) -> str:
+        points = "not yet counted" if self.num_points is None else f"{self.num_points}"
+        kept = "kept on the device" if self.is_cached else "loaded in every pass"
+        return f"BatchStream({type(self.data).__name__}, points: {points}, {kept}, {self.device})"
+
+
+def _require_replayable(data: object) -> None:
+    if isinstance(data, (Tensor, Mapping, str, bytes)):
+        raise ArgumentTypeError(
+            f"dataloader must be an iterable of batches, got {type(data).__name__}; "
+            "wrap one batch as [(x, y)]"
+        )
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise ArgumentTypeError(
+            f"dataloader is the dataset {type(data).__name__}, whose items are single points; "
+            "wrap it: torch.utils.data.DataLoader(dataset, batch_size=...)"
+        )
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise ArgumentTypeError(
+            f"dataloader must be an iterable of batches, got {type(data).__name__}"
+        )
+    if hasattr(data, "__next__"):
+        raise OneShotDataError(
+            f"dataloader is a one-shot iterator ({type(data).__name__}), but an operator passes over "
+            "the data once for every application; pass a DataLoader or a list of batches"
+        )
+    if _has_length(data) and len(data) == 0:
+        raise DataError("dataloader is empty: it has no batches")
+
+
+def _has_length(data: object) -> bool:
+    """Whether `len` works: a DataLoader over an iterable dataset declares it and then refuses."""
+    if not isinstance(data, Sized):
+        return False
+    try:
+        len(data)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _cache_budget(cache: str | bool | int) -> float:
+    if cache is True:
+        return float("inf")
+    if cache is False:
+        return 0
+    if isinstance(cache, int) and cache >= 0:
+        return cache
+    if isinstance(cache, str) and cache == "auto":
+        return AUTO_CACHE_BYTES
+    raise ArgumentError(
+        f"cache must be 'auto', True, False or a number of bytes >= 0, got {cache!r}"
+    )
+
+
+def _owned(batch: Batch, original: Batch) -> Batch:
+    """The batch with copies of tensors that share memory with what the loader handed out.
+
+    A list of batches hands out the user's own tensors; writing to them later must not change an
+    operator.
+    """
+    theirs = {t.data_ptr() for t in tensor_leaves((original.x, original.y))}
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.data_ptr() in theirs else tensor
+
+    return replace(batch, x=map_tensors(own, batch.x), y=map_tensors(own, batch.y))
+
+
+@dataclass
+class _PrivateRandomState:
+    """A state of torch's global CPU generator that only the loader sees.
+
+    It starts from `torch.initial_seed`, so that `torch.manual_seed` decides the shuffling, and goes
+    on from pass to pass, so that random augmentation shows up as a change of the data.
+    """
+
+    state: Tensor = field(
+        default_factory=lambda: torch.Generator().manual_seed(torch.initial_seed()).get_state()
+    )
+
+    def iterate(self, data: Iterable[object]) -> Iterator[object]:
+        with self._swapped_in():
+            iterator = iter(data)
+        while True:
+            with self._swapped_in():
+                try:
+                    raw = next(iterator)
+                except StopIteration:
+                    return
+            yield raw
+
+    @contextmanager
+    def _swapped_in(self) -> Iterator[None]:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+
+class _Fingerprint:
+    """A 64-bit hash of a multiset of points, and their number.
+
+    Each point is hashed by a sum of its words with odd weights, mixed by the finaliser of splitmix64
+    (Steele, Lea & Flood 2014) and added up modulo 2^64: any change of one word of one point is seen,
+    the order of points and their grouping into batches are not.
+    """
+
+    def __init__(self) -> None:
+        self.num_points = 0
+        self._sums: list[Tensor] = []
+
+    def add(self, batch: Batch) -> None:
+        self.num_points += batch.size
+        leaves = [t for t in tensor_leaves((batch.x, batch.y)) if t.ndim]
+        if any(t.is_meta for t in leaves):
+            return
+        hashes = torch.zeros((), dtype=torch.int64, device="cpu")
+        for salt, leaf in enumerate(leaves):
+            words = _as_words(leaf)
+            weights = _mix(torch.arange(words.shape[1], device=leaf.device)) | 1
+            hashes = hashes.to(leaf.device) + _mix((words * weights).sum(dim=1) + salt + 1)
+        self._sums.append(_mix(hashes).sum())
+
+    def require_equal(self, other: _Fingerprint) -> None:
+        if self.num_points != other.num_points:
+            raise DataChangedError(
+                f"a pass over dataloader gave {other.num_points} points, the first one "
+                f"{self.num_points}: the data must be the same in every pass"
+            )
+        if self._value() != other._value():
+            raise DataChangedError(
+                "dataloader gave other data than in the first pass (random augmentation?): an "
+                "operator is applied to the same points every time; freeze the augmentation, or "
+                "pass a list of batches"
+            )
+
+    def _value(self) -> int:
+        total = sum(int(s) for s in self._sums) % 2**64
+        self._sums = [torch.tensor(_signed(total), device="cpu")]
+        return total
+
+
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _as_words(tensor: Tensor) -> Tensor:
+    """The bits of ``(n, ...)`` elements as ``(n, L)`` int64."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    flat = tensor.reshape(len(tensor), -1).contiguous()
+    return flat.view(_INT_OF_SIZE[flat.element_size()]).to(torch.int64)
+
+
+def _mix(words: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64 tensors, which wrap modulo 2^64."""
+    words = words + _signed(0x9E3779B97F4A7C15)
+    words = (words ^ ((words >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    words = (words ^ ((words >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return words ^ ((words >> 31) & (2**33 - 1))
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of length {len(value)}"
+    if isinstance(value, Mapping):
+        return f"a mapping with keys {list(value)[:8]}"
+    return f"a {type(value).__name__}"

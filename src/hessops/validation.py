@@ -1,0 +1,107 @@
+"""Checks of vectors, numbers and flags that many arguments share."""
+
+from __future__ import annotations
+
+import os
+from math import isfinite
+from numbers import Real
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DtypeError,
+    NonFiniteError,
+    ShapeError,
+)
+
+
+def checked_rows(
+    tensor: object, size: int, dtype: torch.dtype, device: torch.device, name: str = "tensor"
+) -> Tensor:
+    """A ``(size,)`` vector or ``(k, size)`` stack as ``(k, size)`` rows on `device`.
+
+    Raises:
+        ArgumentTypeError: Not a tensor.
+        ShapeError: Another number of dimensions or trailing size.
+        DtypeError: Another dtype.
+        NonFiniteError: NaN or infinity.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.ndim not in (1, 2) or tensor.shape[-1] != size:
+        raise ShapeError(
+            f"{name} has shape {tuple(tensor.shape)}, expected ({size},) or (k, {size})"
+        )
+    if tensor.dtype != dtype:
+        raise DtypeError(
+            f"{name} is {tensor.dtype}, expected {dtype}; convert it with .to({dtype})"
+        )
+    rows = tensor.detach().to(device)
+    if rows.is_inference():
+        rows = rows.clone()
+    if not rows.is_meta and not rows.isfinite().all():
+        raise NonFiniteError(f"{name} holds NaN or infinite values")
+    return rows if rows.ndim == 2 else rows.unsqueeze(0)
+
+
+def checked_number(
+    value: object, name: str, *, minimum: float | None = None, exclusive: bool = False
+) -> float:
+    """A finite real number, at least or (with `exclusive`) above `minimum`.
+
+    Raises:
+        ArgumentTypeError: Not a number; booleans are none.
+        ArgumentError: Not finite, or too small.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not isfinite(number):
+        raise ArgumentError(f"{name} must be finite, got {number}")
+    if minimum is not None and (number < minimum or (exclusive and number == minimum)):
+        bound = (
+            "positive" if exclusive and minimum == 0 else f"{'>' if exclusive else '>='} {minimum:g}"
+        )
+        raise ArgumentError(f"{name} must be {bound}, got {number:g}")
+    return number
+
+
+def checked_count(value: object, name: str, *, minimum: int = 1) -> int:
+    """An integer at least `minimum`.
+
+    Raises:
+        ArgumentTypeError: Not an integer; booleans are none.
+        ArgumentError: Too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ArgumentError(f"{name} must be >= {minimum}, got {value}")
+    return value
+
+
+def resolved_device(device: torch.device | str) -> torch.device:
+    """The device with its index: ``"cuda"`` means the current CUDA device."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on a device now; on the CPU, physical memory that is not in use."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        with Path("/proc/meminfo").open() as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 2**33
