@@ -1,0 +1,86 @@
+"""How the values of batches are averaged into a value over the data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from hessops.errors import ArgumentError, DataError
+
+_ACCUMULATORS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+class Averaging(ABC):
+    r"""A weighted mean over batches, :math:`\sum_b w_b v_b / \sum_b w_b`.
+
+    A subclass states the weight of a batch of n points. Sums are kept in float32 where the values
+    are of half precision.
+
+    Example:
+        >>> import torch
+        >>> from hessops import Averaging
+        >>> class SquareRootAveraging(Averaging):
+        ...     def weight(self, num_points):
+        ...         return num_points**0.5
+        >>> SquareRootAveraging().reduce([(torch.tensor([3.0]), 1), (torch.tensor([0.0]), 4)])
+        tensor([1.])
+    """
+
+    @abstractmethod
+    def weight(self, num_points: int) -> float:
+        """The weight of a batch of `num_points` points; finite and not negative."""
+
+    def reduce(self, values: Iterable[tuple[Tensor, int]]) -> Tensor:
+        """The weighted mean of pairs (value, number of points).
+
+        Args:
+            values: Tensors of one shape, each with the number of points it stands for. They are
+                consumed one at a time.
+
+        Returns:
+            A new tensor of that shape.
+
+        Raises:
+            DataError: There are no values, or their weights sum to zero.
+            ArgumentError: A weight is negative or not finite.
+        """
+        total: Tensor | None = None
+        total_weight, dtype = 0.0, None
+        for value, num_points in values:
+            weight = float(self.weight(num_points))
+            if not isfinite(weight) or weight < 0:
+                raise ArgumentError(
+                    f"{type(self).__name__}.weight({num_points}) is {weight}, "
+                    "expected a finite number >= 0"
+                )
+            dtype = value.dtype
+            if total is None:
+                total = torch.zeros_like(value, dtype=_ACCUMULATORS.get(dtype, dtype))
+            total.add_(value, alpha=weight)
+            total_weight += weight
+        if total is None or total_weight == 0:
+            raise DataError("there is nothing to average: no batches, or all of weight zero")
+        return (total / total_weight).to(dtype)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class PointAveraging(Averaging):
+    """Every point counts the same: results do not depend on how the data are split into batches."""
+
+    def weight(self, num_points: int) -> float:
+        """n, the number of points."""
+        return num_points
+
+
+class ChunkAveraging(Averaging):
+    """Every batch counts the same, a small last one as much as the others (pyDVL's convention)."""
+
+    def weight(self, num_points: int) -> float:
+        """1."""
+        return 1.0

@@ -1,0 +1,140 @@
+"""The mean of the inverses of the points' damped gradient outer products."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hessops.batch.model import ModelBatchOperation
+from hessops.errors import ModelError
+from hessops.functional.gradients import mean_gradient, per_sample_gradients
+from hessops.functional.products import LinearFunction, Stack
+from hessops.objective import Loss, Reduction
+from hessops.space import RestrictTo
+from hessops.streaming import Batch
+from hessops.validation import checked_number
+
+# Memory for the per-sample gradients of one chunk of points.
+GRADIENT_BYTES = 2**28
+
+
+class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
+    r"""Products with the mean of damped rank-one inverses.
+
+    .. math:: \frac1n \sum_i \left(g_i g_i^\top + \lambda I\right)^{-1} v
+              = \frac1n \sum_i \frac1\lambda
+                \left(v - \frac{g_i^\top v}{\lambda + \lVert g_i\rVert^2}\, g_i\right)
+
+    (Kwon et al. 2024, DataInf, by the formula of Sherman & Morrison). Symmetric positive definite.
+    It is itself an approximate inverse of the damped empirical Gauss-Newton matrix: apply it, do
+    not invert it.
+
+    Args:
+        model: A module; see `Objective` for what is required of model and loss.
+        loss: ``loss(output, target)``.
+        regularization: λ > 0; the formula divides by it.
+        restrict_to: The parameters to differentiate by; ``None`` takes all trainable ones.
+        reduction: What `loss` returns: ``"mean"``, ``"sum"`` or ``"none"``.
+        chunk_size: Points whose gradients are held at once; ``None`` takes what fits 256 MiB.
+
+    Raises:
+        ArgumentError: `regularization` is not positive.
+        HessopsError: Whatever `Objective` raises.
+
+    Example:
+        >>> import torch
+        >>> from hessops import InverseHarmonicMeanBatchOperation
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> operation = InverseHarmonicMeanBatchOperation(
+        ...     model, torch.nn.MSELoss(), regularization=1.0
+        ... )
+        >>> x = torch.tensor([[0.0], [1.0]])  # gradients 0 and 2: (1 + 1/5) / 2
+        >>> operation.apply((x, torch.zeros(2, 1)), torch.ones(1))
+        tensor([0.6000])
+    """
+
+    always_positive_semidefinite = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        regularization: float,
+        restrict_to: RestrictTo | None = None,
+        *,
+        reduction: Reduction = "mean",
+        chunk_size: int | None = None,
+    ) -> None:
+        self.regularization = checked_number(
+            regularization, "regularization", minimum=0, exclusive=True
+        )
+        super().__init__(model, loss, restrict_to, reduction=reduction, chunk_size=chunk_size)
+        self._vectorize = True
+
+    def _linearize(self, batch: Batch, *, forward_mode: bool) -> LinearFunction:
+        def apply(stack: Stack) -> Stack:
+            rows = self.space.flatten(stack)
+            correction = torch.zeros_like(rows)
+            for points in self._chunks(batch):
+                gradients = self._gradients(points)
+                along = rows @ gradients.T
+                norms = gradients.square().sum(dim=1)
+                correction += (along / (self.regularization + norms)) @ gradients
+            return self.space.unflatten((rows - correction / batch.size) / self.regularization)
+
+        return apply
+
+    def _reverse_product(self, batch: Batch, tensors: Stack) -> Stack:
+        # All vectors share the gradients of a chunk of points; they need no chunks of their own.
+        return self._linearize(batch, forward_mode=False)(tensors)
+
+    def _chunks(self, batch: Batch) -> list[Batch]:
+        gradient_bytes = self.space.size * self.space.dtype.itemsize
+        size = self.chunk_size or max(1, GRADIENT_BYTES // (2 * gradient_bytes))
+        starts = range(0, batch.size, size)
+        return [batch.rows(slice(s, s + size), min(size, batch.size - s)) for s in starts]
+
+    def _gradients(self, batch: Batch) -> torch.Tensor:
+        """Per-sample gradients ``(m, P)``, by vmap where the model admits it."""
+        objective = self.objective
+        if self._vectorize:
+            try:
+                return self.space.flatten(per_sample_gradients(objective, objective.params, batch))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # noqa: BLE001  # whatever vmap refuses, the loop below does
+                self._vectorize = False
+        return self.space.flatten(
+            per_sample_gradients(objective, objective.params, batch, vectorize=False)
+        )
+
+    def check(self, batch: Batch) -> None:
+        """The check of `Objective.check`, and the sum of the per-sample gradients."""
+        super().check(batch)
+        if self.space.device.type == "meta":
+            return
+        with self.objective.kernels():
+            if self._vectorize and not self._gradients_add_up(batch):
+                self._vectorize = False
+            if not self._vectorize and not self._gradients_add_up(batch):
+                raise ModelError(
+                    f"batch {batch.position}: the gradients of the points alone do not add up to "
+                    "the gradient of their mean loss, so that the model is not a function of one "
+                    "point at a time"
+                )
+
+    def _gradients_add_up(self, batch: Batch) -> bool:
+        expected = self.space.flatten(
+            mean_gradient(self.objective, self.objective.params, batch)
+        )
+        total, scale = torch.zeros_like(expected), torch.zeros((), device=expected.device)
+        for points in self._chunks(batch):
+            gradients = self._gradients(points)
+            total += gradients.sum(dim=0)
+            scale += gradients.norm(dim=1).sum()
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(self.space.dtype, 5e-2)
+        return bool((total / batch.size - expected).norm() <= tolerance * scale / batch.size)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.objective!r}, regularization={self.regularization:g})"

@@ -1,0 +1,158 @@
+"""Batch operations of a model and a loss: what Hessian, Gauss-Newton and others share."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from typing import Literal, Self
+
+import torch
+from torch import nn
+
+from hessops.batch.operation import BatchOperation
+from hessops.errors import ArgumentError, ForwardModeError
+from hessops.functional.memory import RetainedBytes
+from hessops.functional.products import LinearFunction, Stack, StackedGradient
+from hessops.objective import Loss, Objective, Reduction
+from hessops.space import RestrictTo
+from hessops.streaming import Batch
+from hessops.validation import checked_count
+
+Mode = Literal["rev-rev", "rev-fwd"]
+MODES = ("rev-rev", "rev-fwd")
+
+# Memory that the columns of one stacked product may take beside the graph itself.
+COLUMN_BYTES = 2**29
+
+
+class ModelBatchOperation(BatchOperation):
+    """A batch operation that differentiates an `Objective`.
+
+    A subclass defines `_linearize`: one traversal of the model that yields a linear map of stacks.
+
+    Args:
+        model: A module; see `Objective` for what is required of model and loss.
+        loss: ``loss(output, target)``.
+        restrict_to: The parameters to differentiate by; ``None`` takes all trainable ones.
+        reduction: What `loss` returns: ``"mean"``, ``"sum"`` or ``"none"``.
+        mode: ``"rev-rev"`` differentiates in reverse mode throughout. ``"rev-fwd"`` uses forward
+            mode for products with a Jacobian; torch gets some layers wrong there, so it is compared
+            with reverse mode on every batch of the first pass.
+        chunk_size: Vectors that share one vectorised backward pass; ``None`` takes as many as fit
+            512 MiB by a model of bytes. Never changes what is computed.
+
+    Raises:
+        ArgumentError: An unknown `mode`, or `chunk_size` below 1.
+        HessopsError: Whatever `Objective` raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        restrict_to: RestrictTo | None = None,
+        *,
+        reduction: Reduction = "mean",
+        mode: Mode = "rev-rev",
+        chunk_size: int | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ArgumentError(f"mode must be one of {MODES}, got {mode!r}")
+        if chunk_size is not None:
+            checked_count(chunk_size, "chunk_size")
+        self.objective = Objective(model, loss, restrict_to, reduction=reduction)
+        super().__init__(
+            self.objective.space,
+            symmetric=True,
+            positive_semidefinite=self.always_positive_semidefinite,
+        )
+        self.mode: Mode = mode
+        self.chunk_size = chunk_size
+        self._stacked_gradient = StackedGradient()
+
+    always_positive_semidefinite: bool | None = None
+
+    @abstractmethod
+    def _linearize(self, batch: Batch, *, forward_mode: bool) -> LinearFunction:
+        """Traverses the model once; returns the map of stacks ``{name: (k, *shape)}``."""
+
+    def _apply_stack(self, batch: Batch, tensors: Stack) -> Stack:
+        with self.objective.kernels():
+            if self.mode == "rev-fwd":
+                return self._forward_product(batch, tensors)
+            return self._reverse_product(batch, tensors)
+
+    def _reverse_product(self, batch: Batch, tensors: Stack) -> Stack:
+        num_rows = len(next(iter(tensors.values())))
+        if num_rows == 1:
+            return self._linearize(batch, forward_mode=False)(tensors)
+        retained = RetainedBytes()
+        with retained.counting():
+            product = self._linearize(batch, forward_mode=False)
+        chunk = self.chunk_size or self._columns_that_fit(retained.total)
+        pieces = [
+            product({name: t[start : start + chunk] for name, t in tensors.items()})
+            for start in range(0, num_rows, chunk)
+        ]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in tensors}
+
+    def _columns_that_fit(self, retained_bytes: int) -> int:
+        """Columns of a vectorised backward pass within the budget.
+
+        Each holds its own copy of the activations' gradients, about as large as what the graph
+        retains, and a few vectors of the space.
+        """
+        vector_bytes = self.space.size * self.space.dtype.itemsize
+        return max(1, COLUMN_BYTES // (4 * vector_bytes + retained_bytes + 1))
+
+    def _forward_product(self, batch: Batch, tensors: Stack) -> Stack:
+        try:
+            with warnings.catch_warnings():
+                # Torch compiles its own forward derivatives with what it deprecates itself.
+                warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+                return self._linearize(batch, forward_mode=True)(tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise ForwardModeError(
+                f"mode='rev-fwd': forward mode fails on this model ({error}); use mode='rev-rev'"
+            ) from error
+
+    def check(self, batch: Batch) -> None:
+        """The check of `Objective.check`, and forward against reverse mode for ``"rev-fwd"``."""
+        self.objective.check(batch)
+        if self.mode == "rev-fwd" and self.space.device.type != "meta":
+            self._check_forward_mode(batch)
+
+    def _check_forward_mode(self, batch: Batch) -> None:
+        r"""Compares J v in both modes for one random v.
+
+        Stronger than the adjoint identity ⟨u, Jv⟩ = ⟨Jᵀu, v⟩ for one u: reverse mode gives the
+        product itself.
+        """
+        generator = torch.Generator(device="cpu").manual_seed(batch.position)
+        row = torch.randn(1, self.space.size, generator=generator, device="cpu")
+        probe = self.space.unflatten(row.to(self.space.device, self.space.dtype))
+        with self.objective.kernels():
+            forward = self.space.flatten(self._forward_product(batch, probe))
+            reverse = self.space.flatten(self._reverse_product(batch, probe))
+        tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(self.space.dtype, 5e-2)
+        difference, scale = (forward - reverse).norm(), reverse.norm()
+        if not difference <= tolerance * scale:
+            raise ForwardModeError(
+                f"batch {batch.position}: mode='rev-fwd' differs from reverse mode by "
+                f"{difference / scale:.1e} relative (a layer whose forward derivative torch gets "
+                "wrong, such as LayerNorm or Embedding(padding_idx=...)); use mode='rev-rev'"
+            )
+
+    def _move_parts(self, device: torch.device) -> None:
+        self.objective = self.objective.to(device)
+        self._stacked_gradient = StackedGradient()
+
+    def refresh(self) -> Self:
+        """Takes a new copy of the model as it is now, in place; returns itself."""
+        self.objective.refresh()
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.objective!r}, mode={self.mode!r})"

@@ -1,0 +1,35 @@
+"""How many bytes a graph retains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class RetainedBytes:
+    """Counts the memory of tensors that autograd saves, each storage once."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, int] = {}
+
+    @property
+    def total(self) -> int:
+        """Bytes counted so far."""
+        return sum(self._storages.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts what is saved inside the context."""
+        with saved_tensors_hooks(self._pack, _unpack):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self._storages[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+
+def _unpack(tensor: Tensor) -> Tensor:
+    return tensor
