@@ -1,0 +1,54 @@
+"""Operators: linear maps, their algebra, and the curvature of models."""
+
+from hessops.operators.algebra import (
+    ComposedOperator,
+    ScaledOperator,
+    ShiftedOperator,
+    SumOperator,
+    TransposedOperator,
+)
+from hessops.operators.base import TensorDictOperator, TensorOperator
+from hessops.operators.curvature import (
+    BatchOperator,
+    CurvatureOperator,
+    GaussNewtonOperator,
+    GeneralizedGaussNewtonOperator,
+    HessianOperator,
+    InverseHarmonicMeanOperator,
+)
+from hessops.operators.dense import DirectSolveOperator, MatrixOperator
+from hessops.operators.diagonal import (
+    BlockDiagonalOperator,
+    DiagonalOperator,
+    IdentityOperator,
+)
+from hessops.operators.inverse import ClosedFormInverse, InverseOperator
+from hessops.operators.low_rank import LowRankOperator, LowRankProductOperator
+from hessops.operators.solution import Solution, SolveStatus
+
+__all__ = [
+    "BatchOperator",
+    "BlockDiagonalOperator",
+    "ClosedFormInverse",
+    "ComposedOperator",
+    "CurvatureOperator",
+    "DiagonalOperator",
+    "DirectSolveOperator",
+    "GaussNewtonOperator",
+    "GeneralizedGaussNewtonOperator",
+    "HessianOperator",
+    "IdentityOperator",
+    "InverseHarmonicMeanOperator",
+    "InverseOperator",
+    "LowRankOperator",
+    "LowRankProductOperator",
+    "MatrixOperator",
+    "ScaledOperator",
+    "ShiftedOperator",
+    "Solution",
+    "SolveStatus",
+    "SumOperator",
+    "TensorDictOperator",
+    "TensorOperator",
+    "TransposedOperator",
+]

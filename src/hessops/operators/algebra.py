@@ -1,0 +1,303 @@
+"""Sums, multiples, compositions, shifts and transposes of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hessops.errors import DeviceError, DtypeError, ShapeError, SingularOperatorError
+from hessops.operators.base import TensorOperator
+from hessops.operators.inverse import ClosedFormInverse, InverseOperator
+from hessops.space import ParameterSpace
+
+
+class SumOperator(TensorOperator):
+    """A + B + ..."""
+
+    def __init__(self, terms: Sequence[TensorOperator]) -> None:
+        self.terms = tuple(terms)
+        symmetric = [term.symmetric for term in self.terms]
+        # The sum of two operators that are not symmetric may well be; of one, it is not.
+        is_symmetric = True if all(symmetric) else None
+        if symmetric.count(False) == 1 and symmetric.count(True) == len(symmetric) - 1:
+            is_symmetric = False
+        super().__init__(
+            self.terms[0].input_size,
+            self.terms[0].dtype,
+            self.terms[0].device,
+            symmetric=is_symmetric,
+            positive_semidefinite=all(t.positive_semidefinite for t in self.terms) or None,
+            space=_common_space(self.terms),
+        )
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return _summed([term._apply_rows(rows) for term in self.terms])
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return _summed([_adjoint(term, rows) for term in self.terms])
+
+    def _move(self, device: torch.device) -> TensorOperator:
+        return SumOperator([term.to(device) for term in self.terms])
+
+    def _children(self) -> Sequence[TensorOperator]:
+        return self.terms
+
+
+class ScaledOperator(TensorOperator):
+    """c·A."""
+
+    def __init__(self, operator: TensorOperator, factor: float) -> None:
+        self.operator = operator
+        self.factor = factor
+        super().__init__(
+            operator.input_size,
+            operator.dtype,
+            operator.device,
+            symmetric=True if factor == 0 else operator.symmetric,
+            positive_semidefinite=_scaled_definiteness(operator.positive_semidefinite, factor),
+            space=operator.space,
+        )
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return self.operator._apply_rows(rows) * self.factor
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return _adjoint(self.operator, rows) * self.factor
+
+    def _identity_factor(self) -> float | None:
+        inner = self.operator._identity_factor()
+        return None if inner is None else self.factor * inner
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
+        if self.factor == 0:
+            raise SingularOperatorError("0 * A is singular")
+        # (cA + sI)^-1 = (A + s/c I)^-1 / c
+        inner = self.operator._closed_form_inverse(shift / self.factor)
+        return None if inner is None else inner / self.factor
+
+    def _move(self, device: torch.device) -> TensorOperator:
+        return ScaledOperator(self.operator.to(device), self.factor)
+
+    def _children(self) -> Sequence[TensorOperator]:
+        return (self.operator,)
+
+    def _label(self) -> str:
+        return f"ScaledOperator({self.factor:g})"
+
+
+class ShiftedOperator(TensorOperator):
+    """A + shift·I."""
+
+    def __init__(self, operator: TensorOperator, shift_value: float) -> None:
+        self.operator = operator
+        self.shift_value = shift_value
+        definite = operator.positive_semidefinite and shift_value >= 0
+        super().__init__(
+            operator.input_size,
+            operator.dtype,
+            operator.device,
+            symmetric=operator.symmetric,
+            positive_semidefinite=True if definite else None,
+            space=operator.space,
+        )
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return self.operator._apply_rows(rows) + self.shift_value * rows
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return _adjoint(self.operator, rows) + self.shift_value * rows
+
+    def _identity_factor(self) -> float | None:
+        inner = self.operator._identity_factor()
+        return None if inner is None else inner + self.shift_value
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
+        return self.operator._closed_form_inverse(self.shift_value + shift)
+
+    def _move(self, device: torch.device) -> TensorOperator:
+        return ShiftedOperator(self.operator.to(device), self.shift_value)
+
+    def _children(self) -> Sequence[TensorOperator]:
+        return (self.operator,)
+
+    def _label(self) -> str:
+        return f"ShiftedOperator({self.shift_value:+g} I)"
+
+
+class ComposedOperator(TensorOperator):
+    """A @ B: first B, then A."""
+
+    def __init__(self, left: TensorOperator, right: TensorOperator) -> None:
+        self.left = left
+        self.right = right
+        # A product of symmetric operators is symmetric only if they commute; A @ A does.
+        squared = left is right and bool(left.symmetric)
+        super().__init__(
+            left.input_size,
+            left.dtype,
+            left.device,
+            symmetric=True if squared else None,
+            positive_semidefinite=True if squared else None,
+            space=_common_space((left, right)),
+        )
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return self.left._apply_rows(self.right._apply_rows(rows))
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return _adjoint(self.right, _adjoint(self.left, rows))
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
+        if shift != 0:
+            return None
+        left, right = (part._closed_form_inverse(0.0) for part in (self.left, self.right))
+        return None if left is None or right is None else right @ left
+
+    def _move(self, device: torch.device) -> TensorOperator:
+        left = self.left.to(device)
+        return ComposedOperator(
+            left, left if self.right is self.left else self.right.to(device)
+        )
+
+    def _children(self) -> Sequence[TensorOperator]:
+        return (self.left, self.right)
+
+
+class TransposedOperator(TensorOperator):
+    """Aᵀ of an operator with an adjoint hook."""
+
+    def __init__(self, operator: TensorOperator) -> None:
+        self.operator = operator
+        super().__init__(
+            operator.input_size,
+            operator.dtype,
+            operator.device,
+            symmetric=operator.symmetric,
+            positive_semidefinite=operator.positive_semidefinite,
+            space=operator.space,
+        )
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return _adjoint(self.operator, rows)
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return self.operator._apply_rows(rows)
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
+        inverse = self.operator._closed_form_inverse(shift)
+        return None if inverse is None else inverse.T
+
+    def _move(self, device: torch.device) -> TensorOperator:
+        return TransposedOperator(self.operator.to(device))
+
+    def _children(self) -> Sequence[TensorOperator]:
+        return (self.operator,)
+
+
+class _Combinations:
+    """The algebra that `TensorOperator` reaches through its protocol; simplifies what it can."""
+
+    def added(self, left: TensorOperator, right: TensorOperator) -> TensorOperator:
+        _require_compatible(left, right, "+")
+        for operator, other in ((left, right), (right, left)):
+            factor = other._identity_factor()
+            if factor is not None:
+                return self.shifted(operator, factor)
+        terms = [
+            term
+            for operator in (left, right)
+            for term in (operator.terms if isinstance(operator, SumOperator) else (operator,))
+        ]
+        return SumOperator(terms)
+
+    def scaled(self, operator: TensorOperator, factor: float) -> TensorOperator:
+        if isinstance(operator, ScaledOperator):
+            return self.scaled(operator.operator, factor * operator.factor)
+        return operator if factor == 1 else ScaledOperator(operator, factor)
+
+    def composed(self, left: TensorOperator, right: TensorOperator) -> TensorOperator:
+        _require_compatible(left, right, "@")
+        for operator, other in ((left, right), (right, left)):
+            factor = other._identity_factor()
+            if factor is not None:
+                return self.scaled(operator, factor)
+        return ComposedOperator(left, right)
+
+    def shifted(self, operator: TensorOperator, shift: float) -> TensorOperator:
+        if isinstance(operator, ShiftedOperator):
+            return self.shifted(operator.operator, operator.shift_value + shift)
+        return operator if shift == 0 else ShiftedOperator(operator, shift)
+
+    def transposed(self, operator: TensorOperator) -> TensorOperator:
+        if isinstance(operator, TransposedOperator):
+            return operator.operator
+        # Refused here and not at the first product, where it would be a surprise.
+        _require_adjoint(operator)
+        return TransposedOperator(operator)
+
+    def inverted(self, operator: TensorOperator, closed_form: TensorOperator) -> TensorOperator:
+        if isinstance(closed_form, InverseOperator) or isinstance(operator, InverseOperator):
+            return closed_form
+        return ClosedFormInverse(operator, closed_form)
+
+
+TensorOperator._algebra = _Combinations()
+
+
+def _summed(values: Sequence[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+def _adjoint(operator: TensorOperator, rows: Tensor) -> Tensor:
+    return operator._apply_rows(rows) if operator.symmetric else operator._apply_rows_adjoint(rows)
+
+
+def _require_adjoint(operator: TensorOperator) -> None:
+    """Raises what the hook raises where an operator, or a part it is made of, has no adjoint."""
+    if operator.symmetric:
+        return
+    if type(operator)._apply_rows_adjoint is TensorOperator._apply_rows_adjoint:
+        operator._apply_rows_adjoint(torch.empty(0, operator.input_size))
+    for child in operator._children():
+        _require_adjoint(child)
+
+
+def _scaled_definiteness(definite: bool | None, factor: float) -> bool | None:
+    if factor == 0:
+        return True
+    return definite if factor > 0 else None
+
+
+def _require_compatible(left: TensorOperator, right: TensorOperator, symbol: str) -> None:
+    names = f"{type(left).__name__} {symbol} {type(right).__name__}"
+    if left.input_size != right.input_size:
+        raise ShapeError(f"{names}: sizes {left.input_size} and {right.input_size} differ")
+    if left.dtype != right.dtype:
+        raise DtypeError(f"{names}: dtypes {left.dtype} and {right.dtype} differ")
+    if left.device != right.device:
+        raise DeviceError(
+            f"{names}: devices {left.device} and {right.device} differ; move one with .to(device)"
+        )
+    if left.space is not None and right.space is not None and left.space != right.space:
+        raise ShapeError(
+            f"{names}: the operators act on different parameters, {left.space!r} and "
+            f"{right.space!r}"
+        )
+
+
+def _common_space(operators: Sequence[TensorOperator]) -> ParameterSpace | None:
+    return next((op.space for op in operators if op.space is not None), None)
+
+
+__all__ = [
+    "ComposedOperator",
+    "ScaledOperator",
+    "ShiftedOperator",
+    "SumOperator",
+    "TransposedOperator",
+]

@@ -1,0 +1,479 @@
+"""TensorOperator and TensorDictOperator: the contract that every operator keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, overload
+
+import torch
+from torch import Tensor
+
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DeviceError,
+    DtypeError,
+    MemoryLimitError,
+    MissingInverseError,
+    ShapeError,
+    StructureError,
+)
+from hessops.interop.scipy import as_linear_operator
+from hessops.isolation import isolated
+from hessops.space import ParameterSpace
+from hessops.validation import (
+    available_bytes,
+    checked_number,
+    checked_rows,
+    resolved_device,
+)
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+# Rows of the identity that go through one application in `to_dense`.
+DENSE_CHUNK_BYTES = 2**28
+
+
+class TensorOperator(ABC):
+    r"""A linear map A on :math:`R^n`, known by its products with vectors.
+
+    A subclass states size, dtype and device to this constructor and defines *one* hook:
+    ``_apply_rows(rows)`` for a stack ``(k, n)``, k >= 1, whose row i becomes A times row i, or
+    ``_apply_vector(vector)`` for one ``(n,)`` vector. All else follows: checks, `apply`, ``@``, the
+    algebra, `to_dense`, `to_scipy`, `inverse`. Further hooks where they apply: ``_move(device)``
+    for `to`, ``_apply_rows_adjoint(rows)`` for `T` of a map that is not symmetric,
+    ``_closed_form_inverse(shift)`` for `inverse`, and ``_children()`` for what the operator is made
+    of. `hessops.testing.check_operator` tests a subclass.
+
+    Args:
+        input_size: n.
+        dtype: Dtype of the vectors, a real floating-point one.
+        device: Where products are computed.
+        symmetric: Whether A = Aᵀ; ``None`` for unknown.
+        positive_semidefinite: Whether vᵀAv >= 0 for all v; ``None`` for unknown.
+        space: The parameters that the entries of a vector stand for, if they do: it makes
+            `apply_to_dict` work.
+
+    Example:
+        >>> import torch
+        >>> from hessops import TensorOperator
+        >>> class Reversal(TensorOperator):
+        ...     def __init__(self, size):
+        ...         super().__init__(size, torch.float32, "cpu", symmetric=True)
+        ...     def _apply_rows(self, rows):
+        ...         return rows.flip(1)
+        >>> A = Reversal(3)
+        >>> A.apply(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([3., 2., 1.])
+        >>> (2 * A + A @ A).to_dense()
+        tensor([[1., 0., 2.],
+                [0., 3., 0.],
+                [2., 0., 1.]])
+    """
+
+    _algebra: ClassVar[Algebra]
+    # numpy scalars would try to turn an operator into an array before asking it.
+    __array_ufunc__: ClassVar[None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_apply_vector" in vars(cls) and "_apply_rows" not in vars(cls):
+            cls._apply_rows = _rows_one_by_one  # type: ignore[method-assign]  # derives one hook
+        elif "_apply_rows" in vars(cls) and "_apply_vector" not in vars(cls):
+            cls._apply_vector = _vector_as_row  # type: ignore[method-assign]  # from the other
+
+    def __init__(
+        self,
+        input_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        symmetric: bool | None = None,
+        positive_semidefinite: bool | None = None,
+        space: ParameterSpace | None = None,
+    ) -> None:
+        if not dtype.is_floating_point:
+            raise DtypeError(f"dtype must be a real floating-point one, got {dtype}")
+        if input_size < 1:
+            raise ArgumentError(f"input_size must be >= 1, got {input_size}")
+        self._input_size = input_size
+        self._dtype = dtype
+        self._device = resolved_device(device)
+        self._symmetric = symmetric
+        self._positive_semidefinite = positive_semidefinite
+        self._space = space
+
+    # --- what a subclass defines ---------------------------------------------------------
+
+    @abstractmethod
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        """The hook for a stack: row i of the result is A times row i of `rows`, ``(k, n)``."""
+
+    @abstractmethod
+    def _apply_vector(self, vector: Tensor) -> Tensor:
+        """The hook for one vector ``(n,)``."""
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        """The hook for Aᵀ."""
+        raise StructureError(
+            f"{type(self).__name__} is not known to be symmetric and defines no adjoint "
+            "(_apply_rows_adjoint), so that it has no transpose"
+        )
+
+    def _move(self, device: torch.device) -> Self:
+        """The hook for `to`: the same operator on another device."""
+        raise DeviceError(
+            f"{type(self).__name__} cannot be moved to {device}: it defines no _move(device)"
+        )
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
+        """The hook for `inverse`: (A + shift·I)⁻¹ in closed form, or ``None``."""
+        return None
+
+    def _identity_factor(self) -> float | None:
+        """The hook for simplifications: c where the operator is c·I, else ``None``."""
+        return None
+
+    def _children(self) -> Sequence[TensorOperator]:
+        """The operators that this one is made of, for `refresh` and the printed tree."""
+        return ()
+
+    def _label(self) -> str:
+        """The operator's own line in the printed tree, without size, dtype and device."""
+        return type(self).__name__
+
+    # --- what it is ----------------------------------------------------------------------
+
+    @property
+    def input_size(self) -> int:
+        """n, the length of the vectors."""
+        return self._input_size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return (self._input_size, self._input_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the vectors."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed and results lie."""
+        return self._device
+
+    @property
+    def symmetric(self) -> bool | None:
+        """Whether A = Aᵀ: yes, no, or ``None`` for unknown."""
+        return self._symmetric
+
+    @property
+    def positive_semidefinite(self) -> bool | None:
+        """Whether vᵀAv >= 0 for all v: yes, no, or ``None`` for unknown."""
+        return self._positive_semidefinite
+
+    @property
+    def space(self) -> ParameterSpace | None:
+        """The parameters that the entries of a vector stand for, if they do."""
+        return self._space
+
+    # --- products ------------------------------------------------------------------------
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """A times a vector ``(n,)``, or times every row of a ``(k, n)`` stack.
+
+        Args:
+            tensor: Of the operator's dtype; it is moved to the operator's device.
+
+        Returns:
+            A tensor of the shape of `tensor` on the operator's device, without a graph.
+
+        Raises:
+            ShapeError: Another trailing size, or neither one nor two dimensions.
+            DtypeError: Another dtype; nothing is cast silently.
+            NonFiniteError: NaN or infinity in `tensor`.
+        """
+        rows = checked_rows(tensor, self.input_size, self.dtype, self.device)
+        with isolated(self.device):
+            result = self._apply_rows(rows) if len(rows) else torch.zeros_like(rows)
+        if result.shape != rows.shape or result.dtype != rows.dtype:
+            raise ShapeError(
+                f"{type(self).__name__} maps rows of shape {tuple(rows.shape)} and {rows.dtype} to "
+                f"{tuple(result.shape)} and {result.dtype}: its hook does not keep the contract"
+            )
+        return result if tensor.ndim == 2 else result[0]
+
+    def apply_to_dict(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A times a dictionary ``{name: shape}``, or a stack ``{name: (k, *shape)}``.
+
+        The order of the keys means nothing, and any name of a tied parameter is accepted. The
+        result has the first names, in the order of the space, and the leading dimension of the
+        input.
+
+        Raises:
+            StructureError: The operator does not act on named parameters.
+            ParameterNameError: A missing, unknown or doubly named entry.
+            ShapeError, DtypeError, NonFiniteError: An entry that does not fit.
+        """
+        if self.space is None:
+            raise StructureError(
+                f"{type(self).__name__} acts on flat vectors only: it has no parameter space; "
+                "use apply"
+            )
+        return self.space.unflatten(self.apply(self.space.flatten(tensors)))
+
+    @property
+    def input_dict_structure(self) -> dict[str, torch.Size]:
+        """Name -> shape of the entries that `apply_to_dict` takes, in flat order."""
+        if self.space is None:
+            raise StructureError(f"{type(self).__name__} has no parameter space")
+        return dict(self.space.shapes)
+
+    # --- algebra -------------------------------------------------------------------------
+
+    @overload
+    def __matmul__(self, other: TensorOperator) -> TensorOperator: ...
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+
+    def __matmul__(self, other: TensorOperator | Tensor) -> TensorOperator | Tensor:
+        """A @ B for operators; A @ X for a vector ``(n,)`` or columns ``(n, k)``."""
+        if isinstance(other, TensorOperator):
+            return self._algebra.composed(self, other)
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        if other.ndim == 2:
+            if len(other) != self.input_size:
+                raise ShapeError(
+                    f"the right factor has shape {tuple(other.shape)}, expected "
+                    f"({self.input_size}, k)"
+                )
+            return self.apply(other.T).T
+        return self.apply(other)
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        """X @ A for a vector ``(n,)`` or rows ``(k, n)``."""
+        return self.T.apply(other) if isinstance(other, Tensor) else NotImplemented
+
+    def __add__(self, other: TensorOperator) -> TensorOperator:
+        """A + B; with a multiple of the identity, `shift`."""
+        if not isinstance(other, TensorOperator):
+            return NotImplemented
+        return self._algebra.added(self, other)
+
+    def __sub__(self, other: TensorOperator) -> TensorOperator:
+        """A - B."""
+        return self + (-other) if isinstance(other, TensorOperator) else NotImplemented
+
+    def __neg__(self) -> TensorOperator:
+        """-A."""
+        return self._algebra.scaled(self, -1.0)
+
+    def __mul__(self, factor: float) -> TensorOperator:
+        """c·A for a number c."""
+        if isinstance(factor, TensorOperator):
+            raise ArgumentTypeError("A * B is not defined for operators; use A @ B")
+        return self._algebra.scaled(self, checked_number(factor, "factor"))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> TensorOperator:
+        """A / c for a number c that is not zero."""
+        number = checked_number(divisor, "divisor")
+        if number == 0:
+            raise ArgumentError("divisor must not be zero")
+        return self._algebra.scaled(self, 1 / number)
+
+    def shift(self, value: float) -> TensorOperator:
+        """A + value·I."""
+        return self._algebra.shifted(self, checked_number(value, "value"))
+
+    @property
+    def T(self) -> TensorOperator:  # noqa: N802  # as in torch and numpy
+        """Aᵀ: A itself when it is symmetric.
+
+        Raises:
+            StructureError: A is not known to be symmetric and has no adjoint.
+        """
+        return self if self.symmetric else self._algebra.transposed(self)
+
+    def inverse(
+        self, solver: Callable[[TensorOperator], TensorOperator] | None = None
+    ) -> TensorOperator:
+        """A⁻¹: in closed form where there is one, or by a solver.
+
+        Args:
+            solver: A class of solver, or one with arguments bound to it:
+                ``A.inverse(partial(CgOperator, rtol=1e-6))``.
+
+        Raises:
+            MissingInverseError: There is no closed form and no solver was given.
+            SingularOperatorError: The closed form does not exist.
+        """
+        if solver is not None:
+            solved = solver(self)
+            if not isinstance(solved, TensorOperator):
+                raise ArgumentTypeError(
+                    f"solver must map an operator to an operator, got {type(solved).__name__}"
+                )
+            return solved
+        closed = self._closed_form_inverse(0.0)
+        if closed is None:
+            raise MissingInverseError(
+                f"{type(self).__name__} has no inverse in closed form; pass a solver: "
+                "A.inverse(partial(CgOperator, rtol=1e-6))"
+            )
+        return self._algebra.inverted(self, closed)
+
+    # --- elsewhere -----------------------------------------------------------------------
+
+    def to(self, device: torch.device | str) -> TensorOperator:
+        """The same operator on another device; parts and fitted state move along."""
+        resolved = resolved_device(device)
+        return self if resolved == self.device else self._move(resolved)
+
+    def refresh(self) -> Self:
+        """Lets every part take a new copy of the model it was built from; returns itself."""
+        for child in self._children():
+            child.refresh()
+        return self
+
+    def to_dense(self, max_bytes: int | None = None) -> Tensor:
+        """The matrix, ``(n, n)``, by products with the rows of the identity in chunks.
+
+        Args:
+            max_bytes: Refuse a larger matrix; ``None`` takes half of the free memory.
+
+        Raises:
+            MemoryLimitError: The matrix would not fit.
+        """
+        size, itemsize = self.input_size, self.dtype.itemsize
+        limit = available_bytes(self.device) // 2 if max_bytes is None else max_bytes
+        if size * size * itemsize > limit:
+            raise MemoryLimitError(
+                f"a dense ({size}, {size}) {self.dtype} matrix takes {size * size * itemsize:,} "
+                f"bytes, more than the {limit:,} allowed; use products, or raise max_bytes"
+            )
+        # Row i of the products is A e_i, which is column i.
+        columns = torch.empty(size, size, dtype=self.dtype, device=self.device)
+        chunk = max(1, min(size, DENSE_CHUNK_BYTES // (size * itemsize)))
+        for start in range(0, size, chunk):
+            stop = min(start + chunk, size)
+            rows = torch.zeros(stop - start, size, dtype=self.dtype, device=self.device)
+            rows[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            columns[start:stop] = self.apply(rows)
+        return columns.T.contiguous()
+
+    def to_scipy(self) -> LinearOperator[Any]:
+        """A `scipy.sparse.linalg.LinearOperator` with the operator's own dtype.
+
+        Raises:
+            DtypeError: bfloat16, which numpy does not have.
+
+        Example:
+            >>> import torch
+            >>> from hessops import DiagonalOperator
+            >>> from scipy.sparse.linalg import eigsh
+            >>> A = DiagonalOperator(torch.arange(1.0, 9.0))
+            >>> eigsh(A.to_scipy(), k=1, return_eigenvectors=False).round(3)
+            array([8.], dtype=float32)
+        """
+        return as_linear_operator(self)
+
+    def __repr__(self) -> str:
+        return "\n".join(self._tree())
+
+    def _tree(self) -> list[str]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [f"{self._label()} [{self.input_size} x {self.input_size}, {dtype}, {self.device}]"]
+        children = self._children()
+        for child in children:
+            is_last = child is children[-1]
+            first, *rest = child._tree()
+            lines.append(("└─ " if is_last else "├─ ") + first)
+            lines += [("   " if is_last else "│  ") + line for line in rest]
+        return lines
+
+
+class TensorDictOperator(TensorOperator):
+    """A `TensorOperator` on the parameters of a model: it states a `ParameterSpace`.
+
+    Args:
+        space: The parameters; size, dtype and device follow from it.
+        symmetric: Whether A = Aᵀ; ``None`` for unknown.
+        positive_semidefinite: Whether vᵀAv >= 0 for all v; ``None`` for unknown.
+
+    Example:
+        >>> import torch
+        >>> from hessops import ParameterSpace, TensorDictOperator
+        >>> class Doubling(TensorDictOperator):
+        ...     def _apply_rows(self, rows):
+        ...         return 2 * rows
+        >>> A = Doubling(ParameterSpace.from_model(torch.nn.Linear(2, 1)), symmetric=True)
+        >>> A.apply_to_dict({"bias": torch.ones(1), "weight": torch.zeros(1, 2)})
+        {'weight': tensor([[0., 0.]]), 'bias': tensor([2.])}
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        *,
+        symmetric: bool | None = None,
+        positive_semidefinite: bool | None = None,
+    ) -> None:
+        if not isinstance(space, ParameterSpace):
+            raise ArgumentTypeError(f"space must be a ParameterSpace, got {type(space).__name__}")
+        super().__init__(
+            space.size,
+            space.dtype,
+            space.device,
+            symmetric=symmetric,
+            positive_semidefinite=positive_semidefinite,
+            space=space,
+        )
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The parameters that the entries of a vector stand for."""
+        if self._space is None:
+            raise StructureError(f"{type(self).__name__} states no parameter space")
+        return self._space
+
+
+class Algebra(Protocol):
+    """How operators are combined; installed by `hessops.operators.algebra`.
+
+    The combinations are operators themselves, defined above this file; an operator reaches them
+    through this protocol, so that no import runs in a circle.
+    """
+
+    def added(self, left: TensorOperator, right: TensorOperator) -> TensorOperator:
+        """A + B."""
+
+    def scaled(self, operator: TensorOperator, factor: float) -> TensorOperator:
+        """c·A."""
+
+    def composed(self, left: TensorOperator, right: TensorOperator) -> TensorOperator:
+        """A @ B."""
+
+    def shifted(self, operator: TensorOperator, shift: float) -> TensorOperator:
+        """A + shift·I."""
+
+    def transposed(self, operator: TensorOperator) -> TensorOperator:
+        """Aᵀ."""
+
+    def inverted(self, operator: TensorOperator, closed_form: TensorOperator) -> TensorOperator:
+        """A⁻¹, given the map that computes it."""
+
+
+def _rows_one_by_one(self: TensorOperator, rows: Tensor) -> Tensor:
+    return torch.stack([self._apply_vector(row) for row in rows])
+
+
+def _vector_as_row(self: TensorOperator, vector: Tensor) -> Tensor:
+    return self._apply_rows(vector.unsqueeze(0))[0]

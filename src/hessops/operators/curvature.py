@@ -1,0 +1,327 @@
+"""BatchOperator and the curvature operators: batch operation, data and averaging joined."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from hessops.batch.averaging import Averaging, PointAveraging
+from hessops.batch.gauss_newton import (
+    GaussNewtonBatchOperation,
+    GeneralizedGaussNewtonBatchOperation,
+)
+from hessops.batch.hessian import HessianBatchOperation
+from hessops.batch.inverse_harmonic_mean import InverseHarmonicMeanBatchOperation
+from hessops.batch.model import Mode, ModelBatchOperation
+from hessops.batch.operation import BatchOperation
+from hessops.errors import ArgumentTypeError
+from hessops.objective import Loss, Reduction
+from hessops.operators.base import TensorDictOperator
+from hessops.space import RestrictTo
+from hessops.streaming import BatchStream, Unpack
+
+# The default of every `averaging`; it has no state.
+POINT_AVERAGING = PointAveraging()
+
+
+class BatchOperator(TensorDictOperator):
+    r"""The average of a batch operation over the data.
+
+    .. math:: A v = \frac{\sum_b w_b\, m(b)\, v}{\sum_b w_b}
+
+    An application is one pass over the data, for one vector as for many. The first pass checks
+    every batch (see `Objective.check`).
+
+    Args:
+        batch_operation: m.
+        dataloader: A ``DataLoader``, list of batches or other iterable that can be iterated again.
+        averaging: The weights w; ``PointAveraging()`` makes the result independent of how the data
+            are split into batches.
+        cache: ``"auto"`` keeps all batches on the device when they fit 1 GiB; ``True``, ``False``
+            or a number of bytes. See `BatchStream`.
+        progress: Shows a progress bar over the batches of each application.
+        unpack: Function from a raw batch to ``(x, y)``; ``None`` expects pairs.
+
+    Raises:
+        ArgumentTypeError: `batch_operation` or `averaging` is something else, or `dataloader`
+            cannot be iterated.
+        DataError: `dataloader` is empty or one-shot.
+
+    Example:
+        >>> import torch
+        >>> from hessops import BatchOperator, ChunkAveraging, HessianBatchOperation
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> operation = HessianBatchOperation(model, torch.nn.MSELoss())
+        >>> batches = [(torch.ones(3, 1), torch.zeros(3, 1)), (torch.zeros(1, 1), torch.zeros(1, 1))]
+        >>> BatchOperator(operation, batches, ChunkAveraging()).apply(torch.ones(1))
+        tensor([1.])
+        >>> BatchOperator(operation, batches).apply(torch.ones(1))
+        tensor([1.5000])
+    """
+
+    def __init__(
+        self,
+        batch_operation: BatchOperation,
+        dataloader: Iterable[object],
+        averaging: Averaging = POINT_AVERAGING,
+        *,
+        cache: str | bool | int = "auto",
+        progress: bool = False,
+        unpack: Unpack | None = None,
+    ) -> None:
+        if not isinstance(batch_operation, BatchOperation):
+            raise ArgumentTypeError(
+                f"batch_operation must be a BatchOperation, got {type(batch_operation).__name__}"
+            )
+        if not isinstance(averaging, Averaging):
+            raise ArgumentTypeError(
+                f"averaging must be an Averaging, got {averaging!r}; use PointAveraging()"
+            )
+        super().__init__(
+            batch_operation.space,
+            symmetric=batch_operation.symmetric,
+            positive_semidefinite=batch_operation.positive_semidefinite,
+        )
+        self.batch_operation = batch_operation
+        self.averaging = averaging
+        self.stream = BatchStream(
+            dataloader, device=self.device, unpack=unpack, cache=cache, progress=progress
+        )
+        self._is_checked = False
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        result = self.averaging.reduce(self._batch_products(rows))
+        self._is_checked = True
+        return result
+
+    def _batch_products(self, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
+        for batch in self.stream:
+            if not self._is_checked:
+                self.batch_operation.check(batch)
+            yield self.batch_operation.apply_rows(batch, rows), batch.size
+
+    def refresh(self) -> Self:
+        """Takes a new copy of the model as it is now, in place; returns itself.
+
+        Without it, an operator stays at the parameters that the model had when it was made.
+        """
+        self.batch_operation.refresh()
+        self._is_checked = False
+        return self
+
+    def _move(self, device: torch.device) -> Self:
+        moved = copy.copy(self)
+        moved.batch_operation = self.batch_operation.to(device)
+        moved.stream = self.stream.to(device)
+        moved._device = device
+        moved._space = moved.batch_operation.space
+        return moved
+
+    def _label(self) -> str:
+        points = self.stream.num_points
+        count = "points not yet counted" if points is None else f"{points} points"
+        return f"{type(self).__name__}({self._source()}, {count}, {self.averaging!r})"
+
+    def _source(self) -> str:
+        return type(self.batch_operation).__name__
+
+
+class CurvatureOperator(BatchOperator):
+    """The average over the data of a batch operation of a model and a loss.
+
+    Abstract: a subclass names its ``batch_operation_type``, and the constructor is spelled here
+    once for all of them.
+
+    Args:
+        model: A module. The operator works on a copy: later steps of an optimizer do not change it
+            until `refresh`.
+        loss: ``loss(output, target)``; see `Objective` for what is required of model and loss.
+        dataloader: A ``DataLoader``, list of batches or other iterable that can be iterated again.
+        restrict_to: The parameters to differentiate by, ``{name: parameter}`` or names; ``None``
+            takes all trainable ones. The order is the model's either way.
+        reduction: What `loss` returns: the scalar ``"mean"`` over points, their scalar ``"sum"``,
+            or a vector ``(n,)`` (``"none"``). The matrix is that of the mean in each case.
+        averaging: The weights of the batches; see `BatchOperator`.
+        mode: ``"rev-rev"`` or ``"rev-fwd"``; see `ModelBatchOperation`.
+        cache: What may be kept on the device; see `BatchStream`.
+        chunk_size: Vectors that share one vectorised backward pass; ``None`` bounds their memory.
+        progress: Shows a progress bar over the batches of each application.
+        unpack: Function from a raw batch to ``(x, y)``; ``None`` expects pairs.
+
+    Raises:
+        HessopsError: On construction and in the first pass; see `Objective` and `BatchStream`.
+    """
+
+    batch_operation_type: ClassVar[type[ModelBatchOperation]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        dataloader: Iterable[object],
+        restrict_to: RestrictTo | None = None,
+        *,
+        reduction: Reduction = "mean",
+        averaging: Averaging = POINT_AVERAGING,
+        mode: Mode = "rev-rev",
+        cache: str | bool | int = "auto",
+        chunk_size: int | None = None,
+        progress: bool = False,
+        unpack: Unpack | None = None,
+    ) -> None:
+        operation = self.batch_operation_type(
+            model, loss, restrict_to, reduction=reduction, mode=mode, chunk_size=chunk_size
+        )
+        super().__init__(
+            operation, dataloader, averaging, cache=cache, progress=progress, unpack=unpack
+        )
+
+    def _source(self) -> str:
+        operation = self.batch_operation
+        model = operation.objective.model if isinstance(operation, ModelBatchOperation) else None
+        return type(model).__name__
+
+
+class HessianOperator(CurvatureOperator):
+    r"""The Hessian :math:`\nabla^2_\theta \frac1N \sum_i \ell_i(\theta)` of the mean loss.
+
+    Symmetric, in general indefinite. Products by double backward (Pearlmutter 1994).
+
+    Arguments and errors are those of `CurvatureOperator`.
+
+    Example:
+        >>> import torch
+        >>> from hessops import HessianOperator
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> H = HessianOperator(model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))])
+        >>> H.to_dense()
+        tensor([[1., 0.],
+                [0., 4.]])
+        >>> H.apply_to_dict({"weight": torch.ones(1, 2)})
+        {'weight': tensor([[1., 4.]])}
+    """
+
+    batch_operation_type = HessianBatchOperation
+
+
+class GaussNewtonOperator(CurvatureOperator):
+    r"""The empirical Gauss-Newton matrix :math:`\frac1N \sum_i g_i g_i^\top`.
+
+    With :math:`g_i = \nabla_\theta \ell_i(\theta)`; also called the empirical Fisher matrix
+    (Martens 2020, Section 11). Symmetric positive semi-definite. A product makes no per-sample
+    gradients.
+
+    Arguments and errors are those of `CurvatureOperator`.
+
+    Example:
+        >>> import torch
+        >>> from hessops import GaussNewtonOperator
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # gradients (2, 0) and (0, 2)
+        >>> G = GaussNewtonOperator(model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))])
+        >>> G.to_dense()
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+
+    batch_operation_type = GaussNewtonBatchOperation
+
+
+class GeneralizedGaussNewtonOperator(CurvatureOperator):
+    r"""The generalized Gauss-Newton matrix :math:`\frac1N \sum_i J_i^\top H_i J_i`.
+
+    With :math:`J_i` the Jacobian of the output of point i by the parameters and :math:`H_i` the
+    Hessian of :math:`\ell_i` by that output (Schraudolph 2002). Symmetric; positive semi-definite
+    when the loss is convex in the output.
+
+    Arguments and errors are those of `CurvatureOperator`.
+
+    Example:
+        >>> import torch
+        >>> from hessops import GeneralizedGaussNewtonOperator
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> A = GeneralizedGaussNewtonOperator(
+        ...     model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))]
+        ... )
+        >>> A.to_dense()
+        tensor([[1., 0.],
+                [0., 4.]])
+    """
+
+    batch_operation_type = GeneralizedGaussNewtonBatchOperation
+
+
+class InverseHarmonicMeanOperator(BatchOperator):
+    r"""The mean of damped rank-one inverses, :math:`\frac1N \sum_i (g_i g_i^\top + \lambda I)^{-1}`.
+
+    With :math:`g_i = \nabla_\theta \ell_i(\theta)`, each term by the formula of Sherman & Morrison
+    (Kwon et al. 2024, DataInf). Symmetric positive definite, and itself an approximate inverse of
+    the damped empirical Gauss-Newton matrix: apply it, do not invert it.
+
+    Args:
+        model: A module; the operator works on a copy, see `refresh`.
+        loss: ``loss(output, target)``; see `Objective` for what is required of model and loss.
+        dataloader: A ``DataLoader``, list of batches or other iterable that can be iterated again.
+        regularization: λ > 0; the formula divides by it.
+        restrict_to: The parameters to differentiate by; ``None`` takes all trainable ones.
+        reduction: What `loss` returns: ``"mean"``, ``"sum"`` or ``"none"``.
+        averaging: The weights of the batches; see `BatchOperator`.
+        cache: What may be kept on the device; see `BatchStream`.
+        chunk_size: Points whose gradients are held at once; ``None`` takes what fits 256 MiB.
+        progress: Shows a progress bar over the batches of each application.
+        unpack: Function from a raw batch to ``(x, y)``; ``None`` expects pairs.
+
+    Raises:
+        ArgumentError: `regularization` is not positive.
+        HessopsError: On construction and in the first pass; see `Objective` and `BatchStream`.
+
+    Example:
+        >>> import torch
+        >>> from hessops import InverseHarmonicMeanOperator
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> x = torch.tensor([[0.0], [1.0]])  # gradients 0 and 2: (1 + 1/5) / 2
+        >>> A = InverseHarmonicMeanOperator(
+        ...     model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))], regularization=1.0
+        ... )
+        >>> A.apply(torch.ones(1))
+        tensor([0.6000])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        dataloader: Iterable[object],
+        regularization: float,
+        restrict_to: RestrictTo | None = None,
+        *,
+        reduction: Reduction = "mean",
+        averaging: Averaging = POINT_AVERAGING,
+        cache: str | bool | int = "auto",
+        chunk_size: int | None = None,
+        progress: bool = False,
+        unpack: Unpack | None = None,
+    ) -> None:
+        operation = InverseHarmonicMeanBatchOperation(
+            model, loss, regularization, restrict_to, reduction=reduction, chunk_size=chunk_size
+        )
+        super().__init__(
+            operation, dataloader, averaging, cache=cache, progress=progress, unpack=unpack
+        )
+
+    @property
+    def regularization(self) -> float:
+        """λ."""
+        operation = self.batch_operation
+        if not isinstance(operation, InverseHarmonicMeanBatchOperation):
+            raise ArgumentTypeError("the batch operation was replaced by another kind")
+        return operation.regularization
+

@@ -1,0 +1,248 @@
+"""Explicit matrices, and direct solves with them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+import torch
+from scipy.linalg.lapack import get_lapack_funcs
+from torch import Tensor
+
+from hessops.errors import DtypeError, ShapeError, SingularOperatorError
+from hessops.operators.base import TensorOperator
+from hessops.operators.diagonal import checked_floating
+from hessops.operators.inverse import InverseOperator, direct_solution
+from hessops.operators.solution import Solution
+from hessops.space import ParameterSpace
+from hessops.validation import checked_number
+
+
+class MatrixOperator(TensorOperator):
+    """An explicit matrix as an operator.
+
+    Args:
+        matrix: A, shape ``(n, n)``, real floating point. It is copied.
+        symmetric: Whether A = Aᵀ; ``None`` looks: symmetric up to rounding counts as symmetric.
+        positive_semidefinite: Whether it is; ``None`` for unknown.
+        space: The parameters that the entries of a vector stand for, if they do.
+
+    Raises:
+        ArgumentTypeError: `matrix` is not a tensor.
+        ShapeError: It is not square, or does not fit `space`.
+        DtypeError: It is not real floating point.
+        NonFiniteError: It holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from hessops import MatrixOperator
+        >>> A = MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> A.apply(torch.tensor([1.0, 0.0]))
+        tensor([2., 1.])
+        >>> A.shift(1.0).inverse().apply(torch.tensor([4.0, 4.0])).round(decimals=4)
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self,
+        matrix: Tensor,
+        *,
+        symmetric: bool | None = None,
+        positive_semidefinite: bool | None = None,
+        space: ParameterSpace | None = None,
+    ) -> None:
+        _checked_square(matrix, space)
+        self.matrix = matrix.detach().clone()
+        super().__init__(
+            len(matrix),
+            matrix.dtype,
+            matrix.device,
+            symmetric=_is_symmetric(self.matrix) if symmetric is None else symmetric,
+            positive_semidefinite=positive_semidefinite,
+            space=space,
+        )
+
+    @classmethod
+    def around(cls, matrix: Tensor) -> Self:
+        """An operator that shares the caller's matrix instead of copying it."""
+        operator = cls(matrix.new_ones(1, 1))
+        operator.matrix = matrix.detach()
+        operator._input_size = len(matrix)
+        operator._symmetric = _is_symmetric(matrix)
+        return operator
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix.T
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator:
+        if shift >= 0:
+            return DirectSolveOperator(self.matrix, shift, space=self.space)
+        identity = torch.eye(self.input_size, dtype=self.dtype, device=self.device)
+        return DirectSolveOperator(self.matrix + shift * identity, space=self.space)
+
+    def _move(self, device: torch.device) -> Self:
+        moved = copy.copy(self)
+        moved.matrix = self.matrix.to(device)
+        moved._device = device
+        moved._space = self.space.to(device) if self.space else None
+        return moved
+
+
+class DirectSolveOperator(InverseOperator):
+    r"""The inverse :math:`(A + \lambda I)^{-1}` of an explicit matrix, factorised once.
+
+    By Cholesky where the matrix is symmetric positive definite, by LU otherwise. Matrices that are
+    singular to working precision are refused.
+
+    Args:
+        matrix: A, shape ``(n, n)``, float32 or float64.
+        regularization: λ >= 0; ``None`` is 0.
+        in_place_regularization: Writes λ into the diagonal of the caller's `matrix` and keeps that
+            matrix instead of a copy; do not write to it afterwards.
+        space: The parameters that the entries of a vector stand for, if they do.
+
+    Raises:
+        ArgumentTypeError: `matrix` is not a tensor.
+        ArgumentError: `regularization` is negative or not finite.
+        ShapeError: `matrix` is not square, or does not fit `space`.
+        DtypeError: `matrix` is not float32 or float64.
+        NonFiniteError: `matrix` holds NaN or infinity.
+        SingularOperatorError: A + λI is singular to working precision; the estimate of its
+            condition number is in the message, and `matrix` is as it was.
+
+    Example:
+        >>> import torch
+        >>> from hessops import DirectSolveOperator
+        >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> inverse = DirectSolveOperator(matrix, regularization=1.0)
+        >>> inverse.apply(torch.tensor([4.0, 4.0])).round(decimals=4)
+        tensor([1., 1.])
+        >>> inverse.solve(torch.tensor([[4.0, 4.0], [8.0, 0.0]])).converged
+        tensor([True, True])
+    """
+
+    def __init__(
+        self,
+        matrix: Tensor,
+        regularization: float | None = None,
+        in_place_regularization: bool = False,
+        *,
+        space: ParameterSpace | None = None,
+    ) -> None:
+        _checked_square(matrix, space)
+        if matrix.dtype not in (torch.float32, torch.float64):
+            raise DtypeError(f"matrix must be float32 or float64, got {matrix.dtype}")
+        shift = checked_number(regularization or 0.0, "regularization", minimum=0)
+        if in_place_regularization:
+            operator = self._factorize_in_place(matrix.detach(), shift)
+        else:
+            operator = MatrixOperator(matrix, space=space)
+            damped = operator.matrix.clone()
+            damped.diagonal().add_(shift)
+            self._factors = _Factors(damped)
+        super().__init__(operator, regularization)
+        self._space = space
+
+    def _factorize_in_place(self, matrix: Tensor, shift: float) -> TensorOperator:
+        diagonal = matrix.diagonal().clone()
+        matrix.diagonal().add_(shift)
+        try:
+            self._factors = _Factors(matrix)
+        except BaseException:
+            matrix.diagonal().copy_(diagonal)
+            raise
+        return MatrixOperator.around(matrix).shift(-shift)
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return self._factors.solve(rows)
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return self._factors.solve(rows, adjoint=True)
+
+    def _solve_rows(self, rhs: Tensor) -> Solution:
+        return direct_solution(self.system, rhs, self._factors.solve(rhs))
+
+    def with_regularization(self, regularization: float | None) -> DirectSolveOperator:
+        """A new factorisation with λ replaced."""
+        matrix = self.operator.to_dense()
+        return DirectSolveOperator(matrix, regularization, space=self.space)
+
+    def _move(self, device: torch.device) -> Self:
+        moved = super()._move(device)
+        moved._factors = self._factors.to(device)
+        moved._space = self.space.to(device) if self.space else None
+        return moved
+
+
+class _Factors:
+    """A Cholesky or LU factorisation that refuses singular matrices."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.pivots: Tensor | None = None
+        self.factor = self._cholesky(matrix)
+        if self.factor is None:
+            self.factor, self.pivots, info = torch.linalg.lu_factor_ex(matrix)
+            if int(info) > 0:
+                raise SingularOperatorError(
+                    f"the matrix is singular: pivot {int(info) - 1} of its LU factorisation is "
+                    "zero; use a positive regularization"
+                )
+        reciprocal = self._reciprocal_condition(matrix)
+        if not reciprocal > torch.finfo(matrix.dtype).eps:
+            estimate = float("inf") if reciprocal == 0 else 1 / reciprocal
+            raise SingularOperatorError(
+                f"the matrix is singular to {matrix.dtype} precision: its condition number is "
+                f"about {estimate:.1e}; use a larger regularization"
+            )
+
+    @staticmethod
+    def _cholesky(matrix: Tensor) -> Tensor | None:
+        if not _is_symmetric(matrix):
+            return None
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return factor if int(info) == 0 else None
+
+    def _reciprocal_condition(self, matrix: Tensor) -> float:
+        """LAPACK's estimate of 1/(‖A‖₁‖A⁻¹‖₁), on the host."""
+        if self.factor is None:
+            raise AssertionError("estimated before factorised")
+        norm = matrix.abs().sum(dim=0).max().item()
+        factor = self.factor.cpu().numpy()
+        name = "pocon" if self.pivots is None else "gecon"
+        (estimate,) = get_lapack_funcs((name,), (factor,))
+        extra = {"uplo": "L"} if self.pivots is None else {"norm": "1"}
+        reciprocal, _ = estimate(factor, norm, **extra)
+        return float(reciprocal)
+
+    def solve(self, rows: Tensor, *, adjoint: bool = False) -> Tensor:
+        if self.factor is None:
+            raise AssertionError("solved before factorised")
+        columns = rows.T.contiguous()
+        if self.pivots is None:
+            return torch.cholesky_solve(columns, self.factor).T
+        return torch.linalg.lu_solve(self.factor, self.pivots, columns, adjoint=adjoint).T
+
+    def to(self, device: torch.device) -> _Factors:
+        moved = copy.copy(self)
+        moved.factor = None if self.factor is None else self.factor.to(device)
+        moved.pivots = None if self.pivots is None else self.pivots.to(device)
+        return moved
+
+
+def _checked_square(matrix: Tensor, space: ParameterSpace | None) -> None:
+    checked_floating(matrix, "matrix", ndim=2)
+    if matrix.shape[0] != matrix.shape[1] or len(matrix) == 0:
+        raise ShapeError(f"matrix must be square and not empty, got shape {tuple(matrix.shape)}")
+    if space is not None and space.size != len(matrix):
+        raise ShapeError(f"matrix has {len(matrix)} rows, space has size {space.size}")
+
+
+def _is_symmetric(matrix: Tensor) -> bool | None:
+    """Whether a matrix is symmetric up to the rounding of a product that computed it."""
+    if matrix.is_meta:
+        return None
+    tolerance = 10 * torch.finfo(matrix.dtype).eps * len(matrix) ** 0.5 * matrix.abs().max()
+    return bool((matrix - matrix.T).abs().max() <= tolerance)

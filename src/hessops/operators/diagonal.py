@@ -1,0 +1,281 @@
+"""Identity, diagonal and block-diagonal operators."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DeviceError,
+    DtypeError,
+    NonFiniteError,
+    ParameterNameError,
+    ShapeError,
+    SingularOperatorError,
+)
+from hessops.operators.base import TensorOperator
+from hessops.space import ParameterSpace
+
+_RowMap = Callable[[Tensor], Tensor]
+
+
+class IdentityOperator(TensorOperator):
+    """The identity on R^n; ``c * IdentityOperator(n)`` is c·I.
+
+    Args:
+        input_size: n.
+        dtype: Dtype of the vectors; ``None`` is torch's default.
+        device: Device of the vectors.
+        space: The parameters that the entries stand for, if they do.
+
+    Example:
+        >>> import torch
+        >>> from hessops import IdentityOperator
+        >>> (3 * IdentityOperator(2)).inverse().apply(torch.tensor([3.0, 6.0]))
+        tensor([1., 2.])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        space: ParameterSpace | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            dtype or torch.get_default_dtype(),
+            device,
+            symmetric=True,
+            positive_semidefinite=True,
+            space=space,
+        )
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return rows.clone()
+
+    def _identity_factor(self) -> float:
+        return 1.0
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator:
+        if 1 + shift == 0:
+            raise SingularOperatorError(f"I + ({shift:g}) I is singular")
+        return self / (1 + shift)
+
+    def _move(self, device: torch.device) -> Self:
+        moved = copy.copy(self)
+        moved._device = device
+        moved._space = self.space.to(device) if self.space else None
+        return moved
+
+
+class DiagonalOperator(TensorOperator):
+    r"""The matrix :math:`\mathrm{diag}(d)`.
+
+    Args:
+        diagonal: d, shape ``(n,)``, real floating point. It is copied.
+        space: The parameters that the entries stand for, if they do.
+
+    Raises:
+        ArgumentTypeError: `diagonal` is not a tensor.
+        ShapeError: It is not one-dimensional, or does not fit `space`.
+        DtypeError: It is not real floating point.
+        NonFiniteError: It holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from hessops import DiagonalOperator
+        >>> A = DiagonalOperator(torch.tensor([1.0, 3.0]))
+        >>> A.shift(1.0).inverse().apply(torch.ones(2))
+        tensor([0.5000, 0.2500])
+    """
+
+    def __init__(self, diagonal: Tensor, *, space: ParameterSpace | None = None) -> None:
+        checked_floating(diagonal, "diagonal", ndim=1)
+        if space is not None and space.size != len(diagonal):
+            raise ShapeError(
+                f"diagonal has {len(diagonal)} entries, space has size {space.size}"
+            )
+        self.diagonal = diagonal.detach().clone()
+        super().__init__(
+            len(diagonal),
+            diagonal.dtype,
+            diagonal.device,
+            symmetric=True,
+            positive_semidefinite=None if diagonal.is_meta else bool((diagonal >= 0).all()),
+            space=space,
+        )
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return rows * self.diagonal
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator:
+        shifted = self.diagonal + shift
+        threshold = torch.finfo(self.dtype).tiny
+        if not shifted.is_meta and bool((shifted.abs() < threshold).any()):
+            position = int(shifted.abs().argmin())
+            raise SingularOperatorError(
+                f"the diagonal entry {position} is {shifted[position].item():g}; the operator is "
+                "singular: shift it"
+            )
+        return DiagonalOperator(1 / shifted, space=self.space)
+
+    def _move(self, device: torch.device) -> Self:
+        moved = copy.copy(self)
+        moved.diagonal = self.diagonal.to(device)
+        moved._device = device
+        moved._space = self.space.to(device) if self.space else None
+        return moved
+
+
+class BlockDiagonalOperator(TensorOperator):
+    r"""Operators along the diagonal, zero elsewhere.
+
+    Without `space` the blocks follow one another in the flat vector. With it, each block acts on
+    parameters that it names itself (its own `space`), wherever they lie in the flat order, so that
+    the order of the blocks does not matter.
+
+    Args:
+        blocks: Operators of one dtype and device.
+        space: The parameters of the whole. Every one must belong to exactly one block.
+
+    Raises:
+        ArgumentError: There are no blocks.
+        ArgumentTypeError: A block is not a `TensorOperator`.
+        DtypeError, DeviceError: Blocks that differ.
+        ParameterNameError: With `space`: a block without named parameters, an unknown parameter,
+            one in two blocks, or one in none.
+
+    Example:
+        >>> import torch
+        >>> from hessops import BlockDiagonalOperator, DiagonalOperator, MatrixOperator
+        >>> A = BlockDiagonalOperator(
+        ...     [MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), DiagonalOperator(torch.ones(1))]
+        ... )
+        >>> A.apply(torch.ones(3))
+        tensor([3., 3., 1.])
+    """
+
+    def __init__(
+        self, blocks: Sequence[TensorOperator], *, space: ParameterSpace | None = None
+    ) -> None:
+        self.blocks = tuple(blocks)
+        first = _checked_blocks(self.blocks)
+        self._positions = (
+            _consecutive(self.blocks) if space is None else _by_name(self.blocks, space)
+        )
+        super().__init__(
+            sum(block.input_size for block in self.blocks),
+            first.dtype,
+            first.device,
+            symmetric=all_known([block.symmetric for block in self.blocks]),
+            positive_semidefinite=all_known([b.positive_semidefinite for b in self.blocks]),
+            space=space,
+        )
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return self._blockwise(rows, [block._apply_rows for block in self.blocks])
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return self._blockwise(
+            rows, [b._apply_rows if b.symmetric else b._apply_rows_adjoint for b in self.blocks]
+        )
+
+    def _blockwise(self, rows: Tensor, maps: Sequence[_RowMap]) -> Tensor:
+        result = torch.zeros_like(rows)
+        for positions, apply in zip(self._positions, maps, strict=True):
+            result[:, positions] = apply(rows[:, positions])
+        return result
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
+        inverses = [block._closed_form_inverse(shift) for block in self.blocks]
+        known = [inverse for inverse in inverses if inverse is not None]
+        return self._with_blocks(known) if len(known) == len(inverses) else None
+
+    def _with_blocks(self, blocks: Sequence[TensorOperator]) -> BlockDiagonalOperator:
+        """Other blocks at the same positions."""
+        changed = BlockDiagonalOperator(blocks)
+        changed._positions = tuple(p.to(changed.device) for p in self._positions)
+        changed._space = self.space.to(changed.device) if self.space else None
+        return changed
+
+    def _move(self, device: torch.device) -> BlockDiagonalOperator:
+        return self._with_blocks([block.to(device) for block in self.blocks])
+
+    def _children(self) -> Sequence[TensorOperator]:
+        return self.blocks
+
+
+def all_known(flags: Sequence[bool | None]) -> bool | None:
+    """``True`` if all are, ``False`` if one is false, ``None`` where that is unknown."""
+    if any(flag is False for flag in flags):
+        return False
+    return True if all(flags) else None
+
+
+def checked_floating(tensor: object, name: str, *, ndim: int) -> Tensor:
+    """A finite, real floating-point tensor with `ndim` dimensions.
+
+    Raises:
+        ArgumentTypeError, ShapeError, DtypeError, NonFiniteError: As their names say.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.ndim != ndim:
+        raise ShapeError(f"{name} must have {ndim} dimension(s), got shape {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise DtypeError(f"{name} must be real floating point, got {tensor.dtype}")
+    if not tensor.is_meta and not tensor.isfinite().all():
+        raise NonFiniteError(f"{name} holds NaN or infinite values")
+    return tensor
+
+
+def _checked_blocks(blocks: Sequence[TensorOperator]) -> TensorOperator:
+    if not blocks:
+        raise ArgumentError("blocks is empty: give at least one operator")
+    for number, block in enumerate(blocks):
+        if not isinstance(block, TensorOperator):
+            raise ArgumentTypeError(
+                f"blocks[{number}] must be a TensorOperator, got {type(block).__name__}"
+            )
+        if block.dtype != blocks[0].dtype:
+            raise DtypeError(f"blocks[{number}] is {block.dtype}, blocks[0] {blocks[0].dtype}")
+        if block.device != blocks[0].device:
+            raise DeviceError(
+                f"blocks[{number}] is on {block.device}, blocks[0] on {blocks[0].device}"
+            )
+    return blocks[0]
+
+
+def _consecutive(blocks: Sequence[TensorOperator]) -> tuple[Tensor, ...]:
+    sizes = [block.input_size for block in blocks]
+    return torch.arange(sum(sizes), device=blocks[0].device).split(sizes)
+
+
+def _by_name(blocks: Sequence[TensorOperator], space: ParameterSpace) -> tuple[Tensor, ...]:
+    names: dict[str, tuple[str, ...]] = {}
+    for number, block in enumerate(blocks):
+        if block.space is None:
+            raise ParameterNameError(
+                f"blocks[{number}] ({type(block).__name__}) has no parameter space, so that its "
+                "place within space is unknown"
+            )
+        names[f"blocks[{number}]"] = block.space.names
+    pieces = space.split(names)
+    covered = {name for piece in pieces.values() for name in piece.names}
+    left_out = [name for name in space.names if name not in covered]
+    if left_out:
+        raise ParameterNameError(f"the parameters {left_out} of space belong to no block")
+    for (label, piece), block in zip(pieces.items(), blocks, strict=True):
+        if block.space is not None and piece.shapes != block.space.shapes:
+            raise ShapeError(f"{label} has other shapes or another order than space")
+        if list(piece.names) != list(block.space.names if block.space else ()):
+            raise ShapeError(f"{label} orders its parameters differently from space")
+    return tuple(space.indices(piece.names) for piece in pieces.values())

@@ -1,0 +1,258 @@
+"""InverseOperator: an inverse is an operator, and it tells how well it solved."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from hessops.errors import (
+    ArgumentTypeError,
+    ConvergenceWarning,
+    IndefiniteOperatorError,
+    MissingInverseError,
+    NonFiniteProductError,
+    SolverBreakdownError,
+    SolverError,
+)
+from hessops.isolation import isolated
+from hessops.operators.base import TensorOperator
+from hessops.operators.solution import Solution, SolveStatus
+from hessops.validation import checked_number, checked_rows
+
+logger = logging.getLogger("hessops")
+
+_ERRORS: dict[SolveStatus, type[SolverError]] = {
+    SolveStatus.INDEFINITE: IndefiniteOperatorError,
+    SolveStatus.BREAKDOWN: SolverBreakdownError,
+    SolveStatus.NON_FINITE: NonFiniteProductError,
+}
+_DEFAULT_RTOL = {torch.float64: 1e-7, torch.float32: 1e-4}
+
+
+def default_rtol(dtype: torch.dtype) -> float:
+    """The relative tolerance that a solve in this dtype can be expected to meet."""
+    return _DEFAULT_RTOL.get(dtype, 5e-2)
+
+
+class InverseOperator(TensorOperator):
+    r"""The operator :math:`b \mapsto (A + \lambda I)^{-1} b`.
+
+    `solve` returns a `Solution` with the outcome of every right-hand side. `apply` is
+    ``solve(rhs).value`` under a policy: out of iterations or stagnated warns
+    (`ConvergenceWarning`), an indefinite operator, a breakdown or a non-finite product raises.
+
+    A subclass defines ``_solve_rows(rhs)`` for a stack of right-hand sides.
+
+    Args:
+        operator: A.
+        regularization: λ >= 0, on top of any shift of A; ``None`` is 0.
+        warn_on_max_iteration: ``True`` warns and logs when a solve stops short, ``False`` logs at
+            DEBUG.
+
+    Raises:
+        ArgumentTypeError: `operator` is not a `TensorOperator`.
+        ArgumentError: `regularization` is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        operator: TensorOperator,
+        regularization: float | None = None,
+        *,
+        warn_on_max_iteration: bool = True,
+    ) -> None:
+        if not isinstance(operator, TensorOperator):
+            raise ArgumentTypeError(
+                f"operator must be a TensorOperator, got {type(operator).__name__}; wrap a matrix "
+                "as MatrixOperator(matrix)"
+            )
+        self.operator = operator
+        self.regularization = (
+            0.0
+            if regularization is None
+            else checked_number(regularization, "regularization", minimum=0)
+        )
+        self.warn_on_max_iteration = warn_on_max_iteration
+        super().__init__(
+            operator.input_size,
+            operator.dtype,
+            operator.device,
+            symmetric=operator.symmetric,
+            positive_semidefinite=True if operator.positive_semidefinite else None,
+            space=operator.space,
+        )
+
+    @abstractmethod
+    def _solve_rows(self, rhs: Tensor) -> Solution:
+        """The hook: solves for the rows of a validated ``(k, n)`` stack, k >= 1."""
+
+    @property
+    def system(self) -> TensorOperator:
+        """A + λI, the operator that is inverted."""
+        return self.operator.shift(self.regularization) if self.regularization else self.operator
+
+    def solve(self, rhs: Tensor) -> Solution:
+        """Solves (A + λI) x = b for one right-hand side ``(n,)``, or the rows of ``(k, n)``.
+
+        Raises:
+            ShapeError, DtypeError, NonFiniteError: `rhs` does not fit.
+        """
+        rows = checked_rows(rhs, self.input_size, self.dtype, self.device, "rhs")
+        with isolated(self.device):
+            solution = self._solve_rows(rows) if len(rows) else _empty_solution(rows)
+        return solution if rhs.ndim == 2 else replace(solution, value=solution.value[0])
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        solution = self._solve_rows(rows)
+        self._enforce(solution)
+        return solution.value
+
+    def _enforce(self, solution: Solution) -> None:
+        """Raises or warns by the worst outcome."""
+        for status, error in _ERRORS.items():
+            if status in solution.status:
+                raise error(self._message(solution, status))
+        for status in (SolveStatus.MAX_ITERATIONS, SolveStatus.STAGNATED):
+            if status in solution.status:
+                message = self._message(solution, status)
+                if self.warn_on_max_iteration:
+                    logger.warning(message)
+                    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+                else:
+                    logger.debug(message)
+
+    def _message(self, solution: Solution, status: SolveStatus) -> str:
+        which = [i for i, s in enumerate(solution.status) if s is status]
+        worst = solution.relative_residual_norms[which].max().item()
+        message = (
+            f"{type(self).__name__}: {len(which)} of {len(solution.status)} right-hand sides "
+            f"ended as {status.value!r} (the first is number {which[0]}), worst relative residual "
+            f"{worst:.2e}. {status.advice}"
+        )
+        if status is SolveStatus.INDEFINITE:
+            curvature = solution.smallest_curvatures.min().item()
+            message += f" The most negative curvature met is {curvature:.3e}."
+        return message
+
+    def with_regularization(self, regularization: float | None) -> InverseOperator:
+        """The same inverse with its own λ replaced; a shift of the operator stays."""
+        changed = copy.copy(self)
+        changed.regularization = (
+            0.0
+            if regularization is None
+            else checked_number(regularization, "regularization", minimum=0)
+        )
+        return changed
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
+        return self.system if shift == 0 else None
+
+    def _move(self, device: torch.device) -> Self:
+        moved = copy.copy(self)
+        moved.operator = self.operator.to(device)
+        moved._device = moved.operator.device
+        moved._space = moved.operator.space
+        return moved
+
+    def _children(self) -> Sequence[TensorOperator]:
+        return (self.operator,)
+
+    def _label(self) -> str:
+        return f"{type(self).__name__}(regularization={self.regularization:g})"
+
+
+class ClosedFormInverse(InverseOperator):
+    """The inverse of an operator, by another operator that is known to be it.
+
+    `A.inverse()` returns one for diagonal, block-diagonal, scaled and composed operators.
+
+    Args:
+        operator: A.
+        inverse_map: (A + λI)⁻¹.
+        regularization: λ.
+    """
+
+    def __init__(
+        self,
+        operator: TensorOperator,
+        inverse_map: TensorOperator,
+        regularization: float | None = None,
+    ) -> None:
+        super().__init__(operator, regularization)
+        self.inverse_map = inverse_map
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return self.inverse_map._apply_rows(rows)
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return self.inverse_map._apply_rows_adjoint(rows)
+
+    def _solve_rows(self, rhs: Tensor) -> Solution:
+        return direct_solution(self.system, rhs, self.inverse_map._apply_rows(rhs))
+
+    def with_regularization(self, regularization: float | None) -> ClosedFormInverse:
+        """The closed-form inverse of A + λI.
+
+        Raises:
+            MissingInverseError: A + λI has none.
+        """
+        shift = checked_number(regularization or 0.0, "regularization", minimum=0)
+        inverse_map = self.operator._closed_form_inverse(shift)
+        if inverse_map is None:
+            raise MissingInverseError(
+                f"{type(self.operator).__name__} with the shift {shift:g} has no inverse in closed "
+                "form; pass a solver: A.shift(c).inverse(partial(CgOperator, rtol=1e-6))"
+            )
+        return ClosedFormInverse(self.operator, inverse_map, shift)
+
+    def _move(self, device: torch.device) -> Self:
+        moved = super()._move(device)
+        moved.inverse_map = self.inverse_map.to(device)
+        return moved
+
+
+def direct_solution(system: TensorOperator, rhs: Tensor, value: Tensor) -> Solution:
+    """The `Solution` of a direct method: its true residuals, against the dtype's tolerance."""
+    residuals = (rhs - system._apply_rows(value)).norm(dim=1)
+    norms = rhs.norm(dim=1)
+    tolerances = default_rtol(rhs.dtype) * norms
+    finite = value.isfinite().all(dim=1) & residuals.isfinite()
+    met = (residuals <= tolerances).tolist()
+    status = tuple(
+        SolveStatus.NON_FINITE
+        if not is_finite
+        else (SolveStatus.CONVERGED if is_met else SolveStatus.STAGNATED)
+        for is_finite, is_met in zip(finite.tolist(), met, strict=True)
+    )
+    return Solution(
+        value=torch.where(finite.unsqueeze(1), value, 0.0),
+        status=status,
+        iterations=torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device),
+        residual_norms=torch.where(finite, residuals, norms),
+        rhs_norms=norms,
+        tolerances=tolerances,
+        num_applications=1,
+        smallest_curvatures=torch.full_like(norms, torch.inf),
+    )
+
+
+def _empty_solution(rows: Tensor) -> Solution:
+    none = rows.new_zeros(0)
+    return Solution(
+        value=torch.zeros_like(rows),
+        status=(),
+        iterations=none.to(torch.int64),
+        residual_norms=none,
+        rhs_norms=none,
+        tolerances=none,
+        num_applications=0,
+        smallest_curvatures=none,
+    )

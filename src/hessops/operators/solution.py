@@ -1,0 +1,102 @@
+"""Solution: what a solve returns, with the outcome of every right-hand side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class SolveStatus(str, Enum):
+    """How the solve for one right-hand side ended; compares equal to its string."""
+
+    CONVERGED = "converged"
+    MAX_ITERATIONS = "max iterations"
+    STAGNATED = "stagnated"
+    INDEFINITE = "indefinite"
+    BREAKDOWN = "breakdown"
+    NON_FINITE = "non-finite"
+
+    @property
+    def advice(self) -> str:
+        """What happened and what to change."""
+        return _ADVICE[self]
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_ADVICE = {
+    SolveStatus.CONVERGED: "The true residual is within the tolerance.",
+    SolveStatus.MAX_ITERATIONS: (
+        "The iterations ran out before the tolerance was met: raise maxiter or regularization, or "
+        "loosen rtol."
+    ),
+    SolveStatus.STAGNATED: (
+        "The true residual stopped falling at the precision of the dtype: use float64, a larger "
+        "regularization, or a looser rtol."
+    ),
+    SolveStatus.INDEFINITE: (
+        "The operator has negative curvature, where conjugate gradients do not apply: use a "
+        "Gauss-Newton operator, or a regularization above the most negative eigenvalue."
+    ),
+    SolveStatus.BREAKDOWN: (
+        "A direction of zero curvature was met before the tolerance: the operator is singular and "
+        "the right-hand side is outside its range; use a positive regularization."
+    ),
+    SolveStatus.NON_FINITE: (
+        "A product with the operator was NaN or infinite: check the scale of the data, and use a "
+        "wider dtype."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The solution of A X = B, by right-hand side.
+
+    Attributes:
+        value: X, of the shape of the right-hand side: ``(n,)`` or ``(k, n)``. Where a solve did not
+            converge it is the best iterate whose true residual is known, zero at worst; always
+            finite.
+        status: One `SolveStatus` per right-hand side (one for a 1-D right-hand side).
+        iterations: Steps taken, ``(k,)`` int64; zero for direct methods.
+        residual_norms: True residual norms ‖b − Ax‖ of `value`, ``(k,)``.
+        rhs_norms: ‖b‖, ``(k,)``.
+        tolerances: The bound that `residual_norms` had to meet, ``(k,)``.
+        num_applications: Applications of the operator, each to all right-hand sides at once.
+        smallest_curvatures: Smallest pᵀAp/‖p‖² met, ``(k,)``; infinite where there was none.
+    """
+
+    value: Tensor
+    status: tuple[SolveStatus, ...]
+    iterations: Tensor
+    residual_norms: Tensor
+    rhs_norms: Tensor
+    tolerances: Tensor
+    num_applications: int
+    smallest_curvatures: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether each right-hand side met its tolerance, ``(k,)`` bool."""
+        flags = [status is SolveStatus.CONVERGED for status in self.status]
+        return torch.tensor(flags, dtype=torch.bool, device=self.value.device)
+
+    @property
+    def relative_residual_norms(self) -> Tensor:
+        """‖b − Ax‖ / ‖b‖, ``(k,)``; zero for a zero right-hand side."""
+        zero = self.rhs_norms == 0
+        return torch.where(zero, 0.0, self.residual_norms / torch.where(zero, 1.0, self.rhs_norms))
+
+    def __repr__(self) -> str:
+        counts = {s: self.status.count(s) for s in SolveStatus if s in self.status}
+        outcome = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none"
+        worst = self.relative_residual_norms.max().item() if self.status else 0.0
+        most = int(self.iterations.max()) if self.status else 0
+        return (
+            f"Solution({len(self.status)} right-hand sides: {outcome}; at most {most} iterations; "
+            f"worst relative residual {worst:.1e}; {self.num_applications} applications)"
+        )

@@ -1,0 +1,5 @@
+"""Iterative solvers, as inverse operators."""
+
+from hessops.solvers.conjugate_gradient import CgOperator
+
+__all__ = ["CgOperator"]
