@@ -98,9 +98,7 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 def random_spd(size: int, condition: float, seed: int = 0, dtype: torch.dtype = torch.float64):
     """A symmetric positive definite matrix with the spectrum from 1 down to 1/condition."""
     generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(
-        torch.randn(size, size, generator=generator, dtype=torch.float64)
-    )
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     exponents = torch.linspace(0, 1, size, dtype=torch.float64)
     matrix = (basis * condition ** (-exponents)) @ basis.T
     return ((matrix + matrix.T) / 2).to(dtype)

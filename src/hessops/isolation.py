@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """No gradient recording, no inference mode, no autocast: results are plain and in full precision.
+    """No gradient recording, inference mode or autocast: plain results in full precision.
 
     Under a caller's ``inference_mode`` nothing could be differentiated, and under ``autocast`` a
     float32 product would silently be a bfloat16 one.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
+
 def map_tensors(function: Callable[[Tensor], Tensor], nested: object) -> object:
     """Applies `function` to every tensor and keeps containers and everything else as they are.
 
@@ -19,8 +20,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], nested: object) -> object:
     if isinstance(nested, Tensor):
         return function(nested)
     if isinstance(nested, tuple):
-        items = [map_tensors(function, item) for item in nested]
-        return type(nested)(*items) if hasattr(nested, "_fields") else tuple(items)
+        items = tuple(map_tensors(function, item) for item in nested)
+        make_named = getattr(nested, "_make", None)
+        return items if make_named is None else make_named(items)
     if isinstance(nested, list):
         return [map_tensors(function, item) for item in nested]
     if isinstance(nested, Mapping):

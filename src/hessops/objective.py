@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Literal, Self, TypeVar
 
 import torch
@@ -201,22 +202,21 @@ class Objective:
 
     def _losses_of_rows(self, output: object, batch: Batch, *, vectorize: bool = True) -> Tensor:
         """The loss applied to each row of the output alone, ``(n,)``."""
-        points = (output, batch.y)
+        outputs = replace(batch, x=output)
 
-        def loss_of_row(row: object) -> Tensor:
-            row_output, row_target = row  # type: ignore[misc]  # the pair `points`, one row of it
-            value = self._loss(row_output, row_target)
+        def loss_of_row(point: Batch) -> Tensor:
+            value = self._loss(point.x, point.y)
             return value.reshape(()) if self.reduction == "none" else value
 
         if vectorize:
             try:
-                return map_rows(loss_of_row, points)
+                return map_points(loss_of_row, outputs)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # noqa: BLE001  # vmap refuses control flow on values; a loop does not
+            except Exception:  # vmap refuses control flow on values; a loop does not
                 pass
-        rows = [take_rows(points, slice(i, i + 1)) for i in range(batch.size)]
-        return torch.stack([loss_of_row(row) for row in rows])
+        points = [outputs.rows(slice(i, i + 1), 1) for i in range(batch.size)]
+        return torch.stack([loss_of_row(point) for point in points])
 
     # --- the check of every claim --------------------------------------------------------
 
@@ -362,8 +362,7 @@ class Objective:
             f"batch {batch.position}: loss is not the {_reduction_name(self.reduction)} "
             f"(reduction={self.reduction!r}): it gave {_values(value)}, but the points "
             f"alone give {_values(_reduced(rows, self.reduction))} "
-            "(class weights, ignore_index, or another reduction?). "
-            + _ADVICE_ON_LOSS
+            "(class weights, ignore_index, or another reduction?). " + _ADVICE_ON_LOSS
         )
 
     def _is_reduction_of(self, value: Tensor, rows: Tensor) -> bool:
@@ -384,15 +383,18 @@ class Objective:
         )
 
 
-def map_rows(function: Callable[[object], _Result], nested: object) -> _Result:
-    """`torch.func.vmap` of a function of one point, given as a nesting with leading dimension 1."""
-    leaves = [t for t in tensor_leaves(nested) if t.ndim]
+def map_points(function: Callable[[Batch], _Result], batch: Batch) -> _Result:
+    """`torch.func.vmap` over the points of a batch of a function of a batch of one point."""
+    leaves = [t for t in tensor_leaves((batch.x, batch.y)) if t.ndim]
 
     def on_leaves(*rows: Tensor) -> _Result:
         remaining = iter(rows)
-        return function(
-            map_tensors(lambda t: next(remaining).unsqueeze(0) if t.ndim else t, nested)
-        )
+
+        def row(tensor: Tensor) -> Tensor:
+            return next(remaining).unsqueeze(0) if tensor.ndim else tensor
+
+        x, y = map_tensors(row, batch.x), map_tensors(row, batch.y)
+        return function(replace(batch, x=x, y=y, size=1))
 
     mapped: _Result = vmap(on_leaves)(*leaves)
     return mapped

@@ -60,9 +60,7 @@ class ParameterSpace:
     aliases: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     @classmethod
-    def from_model(
-        cls, model: nn.Module, restrict_to: RestrictTo | None = None
-    ) -> ParameterSpace:
+    def from_model(cls, model: nn.Module, restrict_to: RestrictTo | None = None) -> ParameterSpace:
         """The space of a model's trainable parameters, or of some of them.
 
         Args:
@@ -171,9 +169,10 @@ class ParameterSpace:
     # --- vectors and dictionaries --------------------------------------------------------
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A dictionary with entries ``(*shape)`` or ``(k, *shape)`` as a ``(P,)`` or ``(k, P)`` tensor.
+        """A dictionary of vectors, or of stacks of them, as a ``(P,)`` or ``(k, P)`` tensor.
 
-        Entries are moved to the device of the space.
+        Entries have the parameter's shape, or one leading dimension k more. They are moved to the
+        device of the space.
 
         Raises:
             ParameterNameError: A missing, unknown or doubly named entry; the message names it.
@@ -224,13 +223,15 @@ class ParameterSpace:
         return entries
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """A ``(P,)`` or ``(k, P)`` tensor as a dictionary of ``(*shape)`` or ``(k, *shape)`` entries.
+        """A ``(P,)`` or ``(k, P)`` tensor as a dictionary ``{name: (*shape) or (k, *shape)}``.
 
         The entries are views of `vector`.
 
         Raises:
             ShapeError: Any other shape.
         """
+        if not isinstance(vector, Tensor):
+            raise ArgumentTypeError(f"vector must be a torch.Tensor, got {_type_name(vector)}")
         if vector.ndim not in (1, 2) or vector.shape[-1] != self.size:
             raise ShapeError(
                 f"vector has shape {tuple(vector.shape)}, expected ({self.size},) "
@@ -288,7 +289,9 @@ class ParameterSpace:
 
     def _resolved_once(self, names: Iterable[str]) -> set[str]:
         if isinstance(names, str):
-            raise ArgumentTypeError(f"names must be a collection of names, got the string {names!r}")
+            raise ArgumentTypeError(
+                f"names must be a collection of names, got the string {names!r}"
+            )
         chosen: set[str] = set()
         for name in names:
             canonical = self.resolve(name)
@@ -310,11 +313,17 @@ class ParameterSpace:
         )
 
 
-def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+def require_finite(
+    tensors: Mapping[str, Tensor], what: str, *, allow_infinite: bool = False
+) -> None:
     """Raises `NonFiniteError` naming the first entry that holds a NaN or an infinity."""
+    refused = "NaN" if allow_infinite else "NaN or infinite"
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
-            raise NonFiniteError(f"{what} {name!r} holds NaN or infinite values")
+        if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        bad = tensor.isnan().any() if allow_infinite else not tensor.isfinite().all()
+        if bad:
+            raise NonFiniteError(f"{what} {name!r} holds {refused} values")
 
 
 def _chosen_names(
@@ -327,6 +336,11 @@ def _chosen_names(
         )
     chosen = set()
     for name in restrict_to:
+        if not isinstance(name, str):
+            raise ArgumentTypeError(
+                "restrict_to must hold names of parameters (or map them to the parameters), got a "
+                f"{_type_name(name)} among them"
+            )
         if name not in every_name:
             raise ParameterNameError(
                 f"restrict_to names the unknown parameter {name!r}; "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from hessops.errors import (
 )
 from hessops.nested import map_tensors, named_tensor_leaves, tensor_leaves
 
+_Item = TypeVar("_Item")
 Unpack = Callable[[object], tuple[object, object]]
 
 # What `cache="auto"` may hold. A constant and not a share of the free memory, so that equal calls
@@ -63,6 +66,7 @@ class Batch:
             DataError: Not a pair, no tensor with a leading dimension, or lengths that disagree.
         """
         if isinstance(raw, Batch):
+            _require_size(raw, position)
             return raw
         pair = raw if unpack is None else unpack(raw)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -71,21 +75,24 @@ class Batch:
                 f"batch {position}: {source} {_describe(pair)}, expected a pair (x, y); "
                 "pass unpack=, a function from a batch to (x, y)"
             )
-        return cls(*pair, size=_common_length(pair, position), position=position)
+        x, y = pair
+        return cls(x, y, size=_common_length(x, y, position), position=position)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with every tensor on `device`."""
+        # A copy to the CPU that does not block can be read before it has arrived.
+        non_blocking = torch.device(device).type == "cuda"
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device, non_blocking=True)
+            moved = tensor.detach().to(device, non_blocking=non_blocking)
+            # Tensors made in inference mode cannot be saved for a backward pass; copies can.
+            return moved.clone() if moved.is_inference() else moved
 
         return replace(self, x=map_tensors(move, self.x), y=map_tensors(move, self.y))
 
     def rows(self, index: Tensor | slice, size: int) -> Batch:
         """The points at some positions; tensors without dimensions are shared by all points."""
-        return replace(
-            self, x=take_rows(self.x, index), y=take_rows(self.y, index), size=size
-        )
+        return replace(self, x=take_rows(self.x, index), y=take_rows(self.y, index), size=size)
 
     @property
     def num_bytes(self) -> int:
@@ -93,24 +100,37 @@ class Batch:
         return sum(t.numel() * t.element_size() for t in tensor_leaves((self.x, self.y)))
 
 
+def _require_size(batch: Batch, position: int) -> None:
+    length = _common_length(batch.x, batch.y, position)
+    if batch.size != length:
+        raise DataError(
+            f"batch {position}: size is {batch.size}, but the tensors have {length} points; make "
+            "the batch with Batch.from_raw((x, y))"
+        )
+
+
 def take_rows(nested: object, index: Tensor | slice) -> object:
     """Indexes the leading dimension of every tensor that has one."""
     return map_tensors(lambda t: t[index] if t.ndim else t, nested)
 
 
-def _common_length(pair: object, position: int) -> int:
+def _common_length(x: object, y: object, position: int) -> int:
     lengths: dict[str, int] = {}
-    for part, name in zip(pair, ("x", "y"), strict=True):  # type: ignore[call-overload]  # a pair
+    for part, name in ((x, "x"), (y, "y")):
         leaves = dict(named_tensor_leaves(part, name))
         if not leaves and name == "x":
-            raise DataError(
-                f"batch {position}: x holds no tensor but is {_describe(part)}"
-            )
+            raise DataError(f"batch {position}: x holds no tensor but is {_describe(part)}")
         if leaves and all(t.ndim == 0 for t in leaves.values()):
             raise DataError(
                 f"batch {position}: {name} has no leading dimension over points (a scalar tensor); "
                 "is this a single point instead of a batch?"
             )
+        for leaf, tensor in leaves.items():
+            if tensor.layout != torch.strided:
+                raise DataError(
+                    f"batch {position}: {leaf} is sparse ({tensor.layout}), which cannot be "
+                    "differentiated twice; convert it with .to_dense() in collate_fn or unpack"
+                )
         lengths |= {leaf: len(t) for leaf, t in leaves.items() if t.ndim}
     if len(set(lengths.values())) > 1:
         raise DataError(
@@ -150,7 +170,9 @@ class BatchStream:
     Example:
         >>> import torch
         >>> from hessops import BatchStream
-        >>> stream = BatchStream([(torch.zeros(3, 2), torch.zeros(3)), (torch.ones(1, 2), torch.ones(1))])
+        >>> stream = BatchStream(
+        ...     [(torch.zeros(3, 2), torch.zeros(3)), (torch.ones(1, 2), torch.ones(1))]
+        ... )
         >>> [batch.size for batch in stream], stream.num_points
         ([3, 1], 4)
     """
@@ -223,7 +245,7 @@ class BatchStream:
         fingerprint = _Fingerprint()
         kept: list[Batch] | None = [] if keep and self._budget > 0 else None
         kept_bytes = 0
-        length = len(self.data) if _has_length(self.data) else None
+        length = _length(self.data)
         raw_batches = self._random_state.iterate(self.data)
         for position, raw in enumerate(self._with_progress(raw_batches, length)):
             original = Batch.from_raw(raw, self.unpack, position)
@@ -239,7 +261,7 @@ class BatchStream:
                     kept.append(_owned(batch, original))
             yield batch
         if fingerprint.num_points == 0:
-            raise DataError("dataloader is empty: a pass over it gave no point")
+            raise self._emptiness()
         if self._first_pass is None:
             self._first_pass = fingerprint
         else:
@@ -247,10 +269,19 @@ class BatchStream:
         if kept is not None:
             self._kept = kept
 
-    def _with_progress(self, batches: Iterable[object], length: int | None) -> Iterable[object]:
+    def _emptiness(self) -> DataError:
+        if self._first_pass is None:
+            return DataError("dataloader is empty: a pass over it gave no point")
+        return OneShotDataError(
+            "dataloader gave no point after its first pass: it can be iterated only once, but an "
+            "operator passes over the data for every application; pass a DataLoader or a list of "
+            "batches"
+        )
+
+    def _with_progress(self, batches: Iterable[_Item], length: int | None) -> Iterable[_Item]:
         if not self.progress:
             return batches
-        bar: Iterable[object] = tqdm(
+        bar: Iterable[_Item] = tqdm(
             batches, total=length, desc="batches", unit="batch", leave=False
         )
         return bar
@@ -278,22 +309,19 @@ def _require_replayable(data: object) -> None:
         )
     if hasattr(data, "__next__"):
         raise OneShotDataError(
-            f"dataloader is a one-shot iterator ({type(data).__name__}), but an operator passes over "
-            "the data once for every application; pass a DataLoader or a list of batches"
+            f"dataloader is a one-shot iterator ({type(data).__name__}), but an operator passes "
+            "over the data once for every application; pass a DataLoader or a list of batches"
         )
-    if _has_length(data) and len(data) == 0:
+    if _length(data) == 0:
         raise DataError("dataloader is empty: it has no batches")
 
 
-def _has_length(data: object) -> bool:
-    """Whether `len` works: a DataLoader over an iterable dataset declares it and then refuses."""
-    if not isinstance(data, Sized):
-        return False
+def _length(data: object) -> int | None:
+    """`len`, where it works: a DataLoader over an iterable dataset declares it and then refuses."""
     try:
-        len(data)
+        return len(data) if isinstance(data, Sized) else None
     except (TypeError, NotImplementedError):
-        return False
-    return True
+        return None
 
 
 def _cache_budget(cache: str | bool | int) -> float:
@@ -361,9 +389,10 @@ class _PrivateRandomState:
 class _Fingerprint:
     """A 64-bit hash of a multiset of points, and their number.
 
-    Each point is hashed by a sum of its words with odd weights, mixed by the finaliser of splitmix64
-    (Steele, Lea & Flood 2014) and added up modulo 2^64: any change of one word of one point is seen,
-    the order of points and their grouping into batches are not.
+    Each point is hashed by a sum of its words with odd weights, mixed by the finaliser of
+    splitmix64 (Steele, Lea & Flood 2014) and added up modulo 2^64: any change of one word of one
+    point is seen, the order of points and their grouping into batches are not. A tensor without
+    dimensions belongs to every point of its batch.
     """
 
     def __init__(self) -> None:
@@ -372,7 +401,7 @@ class _Fingerprint:
 
     def add(self, batch: Batch) -> None:
         self.num_points += batch.size
-        leaves = [t for t in tensor_leaves((batch.x, batch.y)) if t.ndim]
+        leaves = list(tensor_leaves((batch.x, batch.y)))
         if any(t.is_meta for t in leaves):
             return
         hashes = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -380,7 +409,7 @@ class _Fingerprint:
             words = _as_words(leaf)
             weights = _mix(torch.arange(words.shape[1], device=leaf.device)) | 1
             hashes = hashes.to(leaf.device) + _mix((words * weights).sum(dim=1) + salt + 1)
-        self._sums.append(_mix(hashes).sum())
+        self._sums.append(_mix(hashes.expand(batch.size)).sum())
 
     def require_equal(self, other: _Fingerprint) -> None:
         if self.num_points != other.num_points:
@@ -390,9 +419,10 @@ class _Fingerprint:
             )
         if self._value() != other._value():
             raise DataChangedError(
-                "dataloader gave other data than in the first pass (random augmentation?): an "
-                "operator is applied to the same points every time; freeze the augmentation, or "
-                "pass a list of batches"
+                "dataloader gave other data than in the first pass (random augmentation, a sampler "
+                "with replacement, drop_last with shuffle, padding that depends on the batch?): an "
+                "operator is applied to the same points every time; freeze what varies, or pass a "
+                "list of batches"
             )
 
     def _value(self) -> int:
@@ -405,14 +435,17 @@ _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _as_words(tensor: Tensor) -> Tensor:
-    """The bits of ``(n, ...)`` elements as ``(n, L)`` int64."""
+    """The bits of ``(n, ...)`` elements as ``(n, L)`` int64; ``(1, 1)`` of a scalar."""
     tensor = tensor.detach()
+    tensor = tensor if tensor.ndim else tensor.unsqueeze(0)
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    flat = tensor.reshape(len(tensor), -1).contiguous()
-    return flat.view(_INT_OF_SIZE[flat.element_size()]).to(torch.int64)
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    tensor = tensor.resolve_neg()
+    flat = tensor.reshape(len(tensor), prod(tensor.shape[1:])).contiguous()
+    words = flat.view(_INT_OF_SIZE[flat.element_size()]).to(torch.int64)
+    # The sign and exponent of a float64 are its highest bits. A product with a weight would carry
+    # most of them beyond 2^64 (two flipped signs would cancel), so they are put below as well.
+    return words ^ ((words >> 32) & (2**32 - 1)) if flat.element_size() == 8 else words
 
 
 def _mix(words: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -17,6 +16,9 @@ from hessops.errors import (
     NonFiniteError,
     ShapeError,
 )
+
+# Where the system does not tell what is free.
+ASSUMED_MEMORY_BYTES = 2**33
 
 
 def checked_rows(
@@ -66,7 +68,9 @@ def checked_number(
         raise ArgumentError(f"{name} must be finite, got {number}")
     if minimum is not None and (number < minimum or (exclusive and number == minimum)):
         bound = (
-            "positive" if exclusive and minimum == 0 else f"{'>' if exclusive else '>='} {minimum:g}"
+            "positive"
+            if exclusive and minimum == 0
+            else f"{'>' if exclusive else '>='} {minimum:g}"
         )
         raise ArgumentError(f"{name} must be {bound}, got {number:g}")
     return number
@@ -104,4 +108,4 @@ def available_bytes(device: torch.device) -> int:
             fields = dict(line.split(":", 1) for line in lines)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 2**33
+        return ASSUMED_MEMORY_BYTES

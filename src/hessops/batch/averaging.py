@@ -9,7 +9,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from hessops.errors import ArgumentError, DataError
+from hessops.errors import ArgumentError, DataError, ShapeError
 
 _ACCUMULATORS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -47,6 +47,7 @@ class Averaging(ABC):
         Raises:
             DataError: There are no values, or their weights sum to zero.
             ArgumentError: A weight is negative or not finite.
+            ShapeError: The values differ in shape.
         """
         total: Tensor | None = None
         total_weight, dtype = 0.0, None
@@ -60,6 +61,10 @@ class Averaging(ABC):
             dtype = value.dtype
             if total is None:
                 total = torch.zeros_like(value, dtype=_ACCUMULATORS.get(dtype, dtype))
+            if value.shape != total.shape:
+                raise ShapeError(
+                    f"values must have one shape, got {tuple(total.shape)} and {tuple(value.shape)}"
+                )
             total.add_(value, alpha=weight)
             total_weight += weight
         if total is None or total_weight == 0:

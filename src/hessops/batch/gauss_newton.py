@@ -46,11 +46,13 @@ class _OutputSpaceOperation(ModelBatchOperation):
             lambda new: objective.output_loss(_with_parts(output, new), batch), parts
         )
         output_map = self._output_map(gradients, apply_hessian, batch.size)
-        push = jacobian.push
-        if forward_mode:
-            push = forward_mode_products(
+        push = (
+            forward_mode_products(
                 lambda p: _floating_parts(objective.output(p, batch.x)), objective.params
             )
+            if forward_mode
+            else jacobian.push
+        )
         return lambda stack: jacobian.pull(output_map(push(stack)))
 
 
@@ -94,11 +96,11 @@ class GaussNewtonBatchOperation(_OutputSpaceOperation):
 
         def apply(pushed: Sequence[Tensor]) -> list[Tensor]:
             k = len(pushed[0])
-            along = sum(
-                (p.reshape(k, size, -1) * r).sum(dim=2) for p, r in zip(pushed, rows, strict=True)
-            )
+            along = torch.stack(
+                [(p.reshape(k, size, -1) * r).sum(dim=2) for p, r in zip(pushed, rows, strict=True)]
+            ).sum(dim=0)
             return [
-                (size * along.unsqueeze(2) * r).reshape(p.shape)  # type: ignore[union-attr]  # sum of tensors
+                (size * along.unsqueeze(2) * r).reshape(p.shape)
                 for p, r in zip(pushed, rows, strict=True)
             ]
 

@@ -103,7 +103,7 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
                 return self.space.flatten(per_sample_gradients(objective, objective.params, batch))
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # noqa: BLE001  # whatever vmap refuses, the loop below does
+            except Exception:  # whatever vmap refuses, the loop below does
                 self._vectorize = False
         return self.space.flatten(
             per_sample_gradients(objective, objective.params, batch, vectorize=False)
@@ -125,9 +125,7 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
                 )
 
     def _gradients_add_up(self, batch: Batch) -> bool:
-        expected = self.space.flatten(
-            mean_gradient(self.objective, self.objective.params, batch)
-        )
+        expected = self.space.flatten(mean_gradient(self.objective, self.objective.params, batch))
         total, scale = torch.zeros_like(expected), torch.zeros((), device=expected.device)
         for points in self._chunks(batch):
             gradients = self._gradients(points)

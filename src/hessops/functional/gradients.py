@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.func import grad
 
 from hessops.functional.products import Stack, differentiable
-from hessops.objective import Objective, map_rows
+from hessops.objective import Objective, map_points
 from hessops.streaming import Batch
 
 
@@ -40,13 +39,11 @@ def per_sample_gradients(
     """
     if vectorize:
 
-        def gradient_of_row(row: object) -> Stack:
-            x, y = row  # type: ignore[misc]  # the pair below, one row of it
-            point = replace(batch, x=x, y=y, size=1)
+        def gradient_of_row(point: Batch) -> Stack:
             gradients: Stack = grad(lambda p: objective.batch_loss(p, point))(dict(params))
             return gradients
 
-        return map_rows(gradient_of_row, (batch.x, batch.y))
+        return map_points(gradient_of_row, batch)
     points = [batch.rows(slice(i, i + 1), 1) for i in range(batch.size)]
     gradients = [mean_gradient(objective, params, point) for point in points]
     return {name: torch.stack([g[name] for g in gradients]) for name in params}

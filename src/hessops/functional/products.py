@@ -142,9 +142,7 @@ def hessian_products(
 
     def apply(stack: Stack) -> Stack:
         rows = [stack[name] for name in leaves]
-        return dict(
-            zip(leaves, gradient_of(gradients, list(leaves.values()), rows), strict=True)
-        )
+        return dict(zip(leaves, gradient_of(gradients, list(leaves.values()), rows), strict=True))
 
     return apply
 
@@ -246,10 +244,9 @@ def forward_mode_products(
     """
 
     def push_one(tangents: Stack) -> tuple[Tensor, ...]:
-        _, pushed = torch.func.jvp(
-            lambda p: tuple(function(p)), (dict(params),), (dict(tangents),)
-        )
-        return tuple(pushed)
+        # Indexed, because jvp is annotated as if it always returned an auxiliary output too.
+        result = torch.func.jvp(lambda p: tuple(function(p)), (dict(params),), (dict(tangents),))
+        return tuple(result[1])
 
     def push(stack: Stack) -> list[Tensor]:
         num_rows = len(next(iter(stack.values())))

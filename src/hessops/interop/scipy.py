@@ -33,7 +33,7 @@ class AppliesToRows(Protocol):
         """Whether the operator is its own adjoint."""
 
     @property
-    def T(self) -> AppliesToRows:  # noqa: N802
+    def T(self) -> AppliesToRows:
         """The adjoint."""
 
     def apply(self, tensor: Tensor) -> Tensor:

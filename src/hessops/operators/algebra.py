@@ -157,9 +157,7 @@ class ComposedOperator(TensorOperator):
 
     def _move(self, device: torch.device) -> TensorOperator:
         left = self.left.to(device)
-        return ComposedOperator(
-            left, left if self.right is self.left else self.right.to(device)
-        )
+        return ComposedOperator(left, left if self.right is self.left else self.right.to(device))
 
     def _children(self) -> Sequence[TensorOperator]:
         return (self.left, self.right)

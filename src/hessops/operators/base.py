@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, overload
 
@@ -62,6 +62,7 @@ class TensorOperator(ABC):
         >>> class Reversal(TensorOperator):
         ...     def __init__(self, size):
         ...         super().__init__(size, torch.float32, "cpu", symmetric=True)
+        ...
         ...     def _apply_rows(self, rows):
         ...         return rows.flip(1)
         >>> A = Reversal(3)
@@ -77,12 +78,15 @@ class TensorOperator(ABC):
     # numpy scalars would try to turn an operator into an array before asking it.
     __array_ufunc__: ClassVar[None] = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "_apply_vector" in vars(cls) and "_apply_rows" not in vars(cls):
-            cls._apply_rows = _rows_one_by_one  # type: ignore[method-assign]  # derives one hook
-        elif "_apply_rows" in vars(cls) and "_apply_vector" not in vars(cls):
-            cls._apply_vector = _vector_as_row  # type: ignore[method-assign]  # from the other
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Refuses a class that defines neither hook, as abstract methods would."""
+        defines_rows = cls._apply_rows is not TensorOperator._apply_rows
+        if not defines_rows and cls._apply_vector is TensorOperator._apply_vector:
+            raise TypeError(
+                f"Can't instantiate abstract class {cls.__name__}: define _apply_rows for a stack "
+                "of rows, or _apply_vector for one vector"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -107,13 +111,13 @@ class TensorOperator(ABC):
 
     # --- what a subclass defines ---------------------------------------------------------
 
-    @abstractmethod
     def _apply_rows(self, rows: Tensor) -> Tensor:
         """The hook for a stack: row i of the result is A times row i of `rows`, ``(k, n)``."""
+        return torch.stack([self._apply_vector(row) for row in rows])
 
-    @abstractmethod
     def _apply_vector(self, vector: Tensor) -> Tensor:
-        """The hook for one vector ``(n,)``."""
+        """The hook for one vector ``(n,)``, for operators without one for stacks."""
+        return self._apply_rows(vector.unsqueeze(0))[0]
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
         """The hook for Aᵀ."""
@@ -122,7 +126,7 @@ class TensorOperator(ABC):
             "(_apply_rows_adjoint), so that it has no transpose"
         )
 
-    def _move(self, device: torch.device) -> Self:
+    def _move(self, device: torch.device) -> TensorOperator:
         """The hook for `to`: the same operator on another device."""
         raise DeviceError(
             f"{type(self).__name__} cannot be moved to {device}: it defines no _move(device)"
@@ -294,7 +298,7 @@ class TensorOperator(ABC):
         return self._algebra.shifted(self, checked_number(value, "value"))
 
     @property
-    def T(self) -> TensorOperator:  # noqa: N802  # as in torch and numpy
+    def T(self) -> TensorOperator:  # as in torch and numpy
         """Aᵀ: A itself when it is symmetric.
 
         Raises:
@@ -469,11 +473,3 @@ class Algebra(Protocol):
 
     def inverted(self, operator: TensorOperator, closed_form: TensorOperator) -> TensorOperator:
         """A⁻¹, given the map that computes it."""
-
-
-def _rows_one_by_one(self: TensorOperator, rows: Tensor) -> Tensor:
-    return torch.stack([self._apply_vector(row) for row in rows])
-
-
-def _vector_as_row(self: TensorOperator, vector: Tensor) -> Tensor:
-    return self._apply_rows(vector.unsqueeze(0))[0]

@@ -56,7 +56,10 @@ class BatchOperator(TensorDictOperator):
         >>> from hessops import BatchOperator, ChunkAveraging, HessianBatchOperation
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> operation = HessianBatchOperation(model, torch.nn.MSELoss())
-        >>> batches = [(torch.ones(3, 1), torch.zeros(3, 1)), (torch.zeros(1, 1), torch.zeros(1, 1))]
+        >>> batches = [
+        ...     (torch.ones(3, 1), torch.zeros(3, 1)),
+        ...     (torch.zeros(1, 1), torch.zeros(1, 1)),
+        ... ]
         >>> BatchOperator(operation, batches, ChunkAveraging()).apply(torch.ones(1))
         tensor([1.])
         >>> BatchOperator(operation, batches).apply(torch.ones(1))
@@ -247,9 +250,7 @@ class GeneralizedGaussNewtonOperator(CurvatureOperator):
         >>> from hessops import GeneralizedGaussNewtonOperator
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> A = GeneralizedGaussNewtonOperator(
-        ...     model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))]
-        ... )
+        >>> A = GeneralizedGaussNewtonOperator(model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))])
         >>> A.to_dense()
         tensor([[1., 0.],
                 [0., 4.]])
@@ -259,9 +260,11 @@ class GeneralizedGaussNewtonOperator(CurvatureOperator):
 
 
 class InverseHarmonicMeanOperator(BatchOperator):
-    r"""The mean of damped rank-one inverses, :math:`\frac1N \sum_i (g_i g_i^\top + \lambda I)^{-1}`.
+    r"""The mean of the inverses of damped gradient outer products.
 
-    With :math:`g_i = \nabla_\theta \ell_i(\theta)`, each term by the formula of Sherman & Morrison
+    .. math:: \frac1N \sum_i (g_i g_i^\top + \lambda I)^{-1}
+
+    with :math:`g_i = \nabla_\theta \ell_i(\theta)`, each term by the formula of Sherman & Morrison
     (Kwon et al. 2024, DataInf). Symmetric positive definite, and itself an approximate inverse of
     the damped empirical Gauss-Newton matrix: apply it, do not invert it.
 
@@ -324,4 +327,3 @@ class InverseHarmonicMeanOperator(BatchOperator):
         if not isinstance(operation, InverseHarmonicMeanBatchOperation):
             raise ArgumentTypeError("the batch operation was replaced by another kind")
         return operation.regularization
-

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Self
 
+import numpy as np
 import torch
-from scipy.linalg.lapack import get_lapack_funcs
+from scipy.linalg import lapack
 from torch import Tensor
 
 from hessops.errors import DtypeError, ShapeError, SingularOperatorError
@@ -181,15 +182,7 @@ class _Factors:
     """A Cholesky or LU factorisation that refuses singular matrices."""
 
     def __init__(self, matrix: Tensor) -> None:
-        self.pivots: Tensor | None = None
-        self.factor = self._cholesky(matrix)
-        if self.factor is None:
-            self.factor, self.pivots, info = torch.linalg.lu_factor_ex(matrix)
-            if int(info) > 0:
-                raise SingularOperatorError(
-                    f"the matrix is singular: pivot {int(info) - 1} of its LU factorisation is "
-                    "zero; use a positive regularization"
-                )
+        self.factor, self.pivots = _factorized(matrix)
         reciprocal = self._reciprocal_condition(matrix)
         if not reciprocal > torch.finfo(matrix.dtype).eps:
             estimate = float("inf") if reciprocal == 0 else 1 / reciprocal
@@ -198,38 +191,45 @@ class _Factors:
                 f"about {estimate:.1e}; use a larger regularization"
             )
 
-    @staticmethod
-    def _cholesky(matrix: Tensor) -> Tensor | None:
-        if not _is_symmetric(matrix):
-            return None
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        return factor if int(info) == 0 else None
-
     def _reciprocal_condition(self, matrix: Tensor) -> float:
         """LAPACK's estimate of 1/(‖A‖₁‖A⁻¹‖₁), on the host."""
-        if self.factor is None:
-            raise AssertionError("estimated before factorised")
         norm = matrix.abs().sum(dim=0).max().item()
         factor = self.factor.cpu().numpy()
+        prefix = "d" if factor.dtype == np.float64 else "s"
         name = "pocon" if self.pivots is None else "gecon"
-        (estimate,) = get_lapack_funcs((name,), (factor,))
+        estimate = getattr(lapack, prefix + name)
         extra = {"uplo": "L"} if self.pivots is None else {"norm": "1"}
         reciprocal, _ = estimate(factor, norm, **extra)
         return float(reciprocal)
 
     def solve(self, rows: Tensor, *, adjoint: bool = False) -> Tensor:
-        if self.factor is None:
-            raise AssertionError("solved before factorised")
         columns = rows.T.contiguous()
         if self.pivots is None:
-            return torch.cholesky_solve(columns, self.factor).T
-        return torch.linalg.lu_solve(self.factor, self.pivots, columns, adjoint=adjoint).T
+            solved = torch.cholesky_solve(columns, self.factor)
+        else:
+            solved = torch.linalg.lu_solve(self.factor, self.pivots, columns, adjoint=adjoint)
+        return solved.T
 
     def to(self, device: torch.device) -> _Factors:
         moved = copy.copy(self)
-        moved.factor = None if self.factor is None else self.factor.to(device)
+        moved.factor = self.factor.to(device)
         moved.pivots = None if self.pivots is None else self.pivots.to(device)
         return moved
+
+
+def _factorized(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A Cholesky factor and no pivots where there is one, an LU factorisation otherwise."""
+    if _is_symmetric(matrix):
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0:
+            return factor, None
+    factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
+    if int(info) > 0:
+        raise SingularOperatorError(
+            f"the matrix is singular: pivot {int(info) - 1} of its LU factorisation is zero; use a "
+            "positive regularization"
+        )
+    return factor, pivots
 
 
 def _checked_square(matrix: Tensor, space: ParameterSpace | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -100,9 +101,7 @@ class DiagonalOperator(TensorOperator):
     def __init__(self, diagonal: Tensor, *, space: ParameterSpace | None = None) -> None:
         checked_floating(diagonal, "diagonal", ndim=1)
         if space is not None and space.size != len(diagonal):
-            raise ShapeError(
-                f"diagonal has {len(diagonal)} entries, space has size {space.size}"
-            )
+            raise ShapeError(f"diagonal has {len(diagonal)} entries, space has size {space.size}")
         self.diagonal = diagonal.detach().clone()
         super().__init__(
             len(diagonal),
@@ -157,7 +156,10 @@ class BlockDiagonalOperator(TensorOperator):
         >>> import torch
         >>> from hessops import BlockDiagonalOperator, DiagonalOperator, MatrixOperator
         >>> A = BlockDiagonalOperator(
-        ...     [MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), DiagonalOperator(torch.ones(1))]
+        ...     [
+        ...         MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]])),
+        ...         DiagonalOperator(torch.ones(1)),
+        ...     ]
         ... )
         >>> A.apply(torch.ones(3))
         tensor([3., 3., 1.])
@@ -255,8 +257,10 @@ def _checked_blocks(blocks: Sequence[TensorOperator]) -> TensorOperator:
 
 
 def _consecutive(blocks: Sequence[TensorOperator]) -> tuple[Tensor, ...]:
-    sizes = [block.input_size for block in blocks]
-    return torch.arange(sum(sizes), device=blocks[0].device).split(sizes)
+    ends = list(accumulate(block.input_size for block in blocks))
+    starts = [0, *ends[:-1]]
+    device = blocks[0].device
+    return tuple(torch.arange(a, b, device=device) for a, b in zip(starts, ends, strict=True))
 
 
 def _by_name(blocks: Sequence[TensorOperator], space: ParameterSpace) -> tuple[Tensor, ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 
-class SolveStatus(str, Enum):
+class SolveStatus(StrEnum):
     """How the solve for one right-hand side ended; compares equal to its string."""
 
     CONVERGED = "converged"
@@ -23,9 +23,6 @@ class SolveStatus(str, Enum):
     def advice(self) -> str:
         """What happened and what to change."""
         return _ADVICE[self]
-
-    def __str__(self) -> str:
-        return self.value
 
 
 _ADVICE = {

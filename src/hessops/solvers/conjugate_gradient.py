@@ -19,7 +19,7 @@ from hessops.validation import checked_count, checked_number
 CANDIDATE_FACTOR = 0.9
 # A curvature below -100 eps ‖A‖‖p‖² is negative beyond the rounding of the product.
 CURVATURE_NOISE = 100
-# After a restart on the true residual, the next verified residual must have fallen to this fraction.
+# After a restart on the true residual, the next verified one must have fallen to this fraction.
 PROGRESS_FACTOR = 0.5
 
 
@@ -30,7 +30,8 @@ class CgOperator(InverseOperator):
     1997, Lecture 38). All right-hand sides advance together: one application of A per step serves
     all of them. Each is otherwise on its own; the others do not change its iterates. It stops at
 
-    .. math:: \lVert b - (A + \lambda I) x\rVert \le \max(\mathrm{rtol}\,\lVert b\rVert, \mathrm{atol})
+    .. math:: \lVert b - (A + \lambda I) x\rVert
+              \le \max(\mathrm{rtol}\,\lVert b\rVert, \mathrm{atol})
 
     on the *true* residual: when the residual of the recurrence meets the tolerance, the next
     application verifies the iterate, and if it fails the method restarts from the true residual.
@@ -246,9 +247,7 @@ class _Run:
         squared = self.residual.square().sum(dim=1)
         # A residual of exactly zero has no next direction; its iterate is verified and done.
         ratio = torch.where(moving & (self.squared > 0), squared / self.squared, 0.0).unsqueeze(1)
-        self.direction = torch.where(
-            rows, self.residual + ratio * self.direction, self.direction
-        )
+        self.direction = torch.where(rows, self.residual + ratio * self.direction, self.direction)
         self.squared = torch.where(moving, squared, self.squared)
         self.iterations = self.iterations + moving
 
