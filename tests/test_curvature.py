@@ -438,3 +438,28 @@ def test_repr_shows_model_points_and_size() -> None:
     text = repr(operator.shift(0.5))
     assert "ShiftedOperator(+0.5 I) [43 x 43, float64, cpu]" in text
     assert "HessianOperator(Sequential, 12 points, PointAveraging())" in text
+
+
+@pytest.mark.parametrize("operator_name", ["gauss_newton", "generalized_gauss_newton"])
+def test_gauss_newton_products_make_no_tensor_of_the_size_of_all_gradients(
+    operator_name: str,
+) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return result
+
+    torch.manual_seed(0)
+    points, model = 300, nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 3))
+    data = [(torch.randn(points, 30), torch.randint(3, (points,)))]
+    operator = build(operator_name, model, nn.CrossEntropyLoss(), data)
+    with Largest() as largest:
+        operator.apply(torch.ones(operator.input_size))
+    assert 0 < largest.numel < points * operator.input_size / 20
