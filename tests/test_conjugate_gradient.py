@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hessops import (
     CgOperator,
+    DiagonalOperator,
     GeneralizedGaussNewtonOperator,
     HessianOperator,
     MatrixOperator,
@@ -360,6 +361,9 @@ def test_bad_arguments_are_named(keywords, error, text) -> None:
 def test_operators_that_cg_cannot_solve_are_refused() -> None:
     with pytest.raises(StructureError, match="not symmetric"):
         CgOperator(MatrixOperator(torch.ones(3, 3).triu().double()))
+    with pytest.raises(StructureError, match="not positive semi-definite"):
+        CgOperator(DiagonalOperator(torch.tensor([1.0, -1.0])))
+    assert CgOperator(DiagonalOperator(torch.tensor([1.0, -1.0])), 1.5).regularization == 1.5
     with pytest.raises(TypeError, match="bfloat16"):
         CgOperator(MatrixOperator(torch.eye(3, dtype=torch.bfloat16)))
     with pytest.raises(TypeError, match="MatrixOperator"):

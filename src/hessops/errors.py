@@ -97,7 +97,7 @@ class SolverBreakdownError(SolverError):
 
 
 class NonFiniteProductError(SolverError, NonFiniteError):
-    """The operator returned NaN or infinity during a solve."""
+    """A product of finite vectors is NaN or infinite."""
 
 
 class ForwardModeError(HessopsError, ArithmeticError):

@@ -16,6 +16,7 @@ from hessops.errors import (
     DtypeError,
     MemoryLimitError,
     MissingInverseError,
+    NonFiniteProductError,
     ShapeError,
     StructureError,
 )
@@ -199,7 +200,8 @@ class TensorOperator(ABC):
         Raises:
             ShapeError: Another trailing size, or neither one nor two dimensions.
             DtypeError: Another dtype; nothing is cast silently.
-            NonFiniteError: NaN or infinity in `tensor`.
+            NonFiniteError: NaN or infinity in `tensor`, or in the product
+                (`NonFiniteProductError`).
         """
         rows = checked_rows(tensor, self.input_size, self.dtype, self.device)
         with isolated(self.device):
@@ -208,6 +210,11 @@ class TensorOperator(ABC):
             raise ShapeError(
                 f"{type(self).__name__} maps rows of shape {tuple(rows.shape)} and {rows.dtype} to "
                 f"{tuple(result.shape)} and {result.dtype}: its hook does not keep the contract"
+            )
+        if not result.is_meta and not result.isfinite().all():
+            raise NonFiniteProductError(
+                f"{type(self).__name__}: the product is NaN or infinite for finite vectors; check "
+                f"the scale of parameters and data, or use a wider dtype than {self.dtype}"
             )
         return result if tensor.ndim == 2 else result[0]
 

@@ -127,7 +127,8 @@ class BatchOperator(TensorDictOperator):
     def _label(self) -> str:
         points = self.stream.num_points
         count = "points not yet counted" if points is None else f"{points} points"
-        return f"{type(self).__name__}({self._source()}, {count}, {self.averaging!r})"
+        kept = ", kept on the device" if self.stream.is_cached else ""
+        return f"{type(self).__name__}({self._source()}, {count}{kept}, {self.averaging!r})"
 
     def _source(self) -> str:
         return type(self.batch_operation).__name__

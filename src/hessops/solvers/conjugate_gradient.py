@@ -53,7 +53,8 @@ class CgOperator(InverseOperator):
 
     Raises:
         ArgumentTypeError: `operator` is not a `TensorOperator`.
-        StructureError: `operator` is known to be non-symmetric or indefinite.
+        StructureError: `operator` is known to be non-symmetric, or known not to be positive
+            semi-definite with no `regularization`.
         DtypeError: `operator` is of half precision.
         ArgumentError: A negative `regularization` or tolerance, or `maxiter` below 1.
         NotYetSupportedError: `preconditioner` or `use_block_cg` is given.
@@ -80,7 +81,7 @@ class CgOperator(InverseOperator):
         warn_on_max_iteration: bool = True,
     ) -> None:
         super().__init__(operator, regularization, warn_on_max_iteration=warn_on_max_iteration)
-        _refuse_unsuitable(operator)
+        _refuse_unsuitable(operator, self.regularization)
         if preconditioner is not None:
             raise NotYetSupportedError(
                 "preconditioner is not supported yet; pass None for plain conjugate gradients"
@@ -122,7 +123,7 @@ class CgOperator(InverseOperator):
         return f"CgOperator({shift}, rtol={self.rtol:g}, atol={self.atol:g})"
 
 
-def _refuse_unsuitable(operator: TensorOperator) -> None:
+def _refuse_unsuitable(operator: TensorOperator, regularization: float) -> None:
     if operator.dtype not in (torch.float32, torch.float64):
         raise DtypeError(
             f"operator is {operator.dtype}; conjugate gradients need float32 or float64"
@@ -131,6 +132,12 @@ def _refuse_unsuitable(operator: TensorOperator) -> None:
         raise StructureError(
             f"operator ({type(operator).__name__}) is not symmetric; conjugate gradients need a "
             "symmetric positive definite one: solve with A.T @ A, or use DirectSolveOperator"
+        )
+    if operator.positive_semidefinite is False and regularization == 0:
+        raise StructureError(
+            f"operator ({type(operator).__name__}) is not positive semi-definite; conjugate "
+            "gradients need a symmetric positive definite one: pass a regularization above its "
+            "most negative eigenvalue"
         )
 
 
