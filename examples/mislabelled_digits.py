@@ -319,7 +319,7 @@ def write(output: Path, figure: Figure, facts: dict[str, str]) -> tuple[Path, Pa
 OUTPUT = Path("out/mislabelled_digits")
 
 
-def main(num_train: int = 1000, seed: int = 0, output: Path = OUTPUT) -> None:
+def main(num_train: int = 800, seed: int = 0, output: Path = OUTPUT) -> None:
     """Trains, solves, ranks and reports."""
     started = time.perf_counter()
     digits = flipped_digits(num_train, seed)
@@ -334,7 +334,7 @@ def main(num_train: int = 1000, seed: int = 0, output: Path = OUTPUT) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Find mislabelled digits.")
-    parser.add_argument("--num-train", type=int, default=1000)
+    parser.add_argument("--num-train", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     main(**vars(parser.parse_args()))

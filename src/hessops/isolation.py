@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -46,15 +52,49 @@ def twice_differentiable_kernels(*, without_cudnn: bool = False) -> Iterator[Non
 
 @contextmanager
 def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """Restores torch's global generators (CPU, and the CUDA device in use) on exit."""
+    """Restores the global generators of torch (CPU and `device`), numpy and Python on exit."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        yield
+    before = HostRandomState.now()
+    try:
+        with torch.random.fork_rng(devices=devices, device_type="cuda"):
+            yield
+    finally:
+        before.restore()
 
 
-def random_state(device: torch.device) -> list[torch.Tensor]:
-    """The states of the global generators that a forward pass on `device` may draw from."""
-    states = [torch.get_rng_state()]
+def random_state(device: torch.device) -> tuple[object, ...]:
+    """The states of the global generators that a forward pass may draw from, for comparison."""
+    host = HostRandomState.now()
+    of_torch = [host.of_torch]
     if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
+        of_torch.append(torch.cuda.get_rng_state(device))
+    of_numpy = pickle.dumps(host.of_numpy)  # its arrays have no single answer to ==
+    return ([state.numpy().tobytes() for state in of_torch], of_numpy, host.of_python)
+
+
+@dataclass(frozen=True)
+class HostRandomState:
+    """The states of the global generators of torch on the CPU, numpy and Python.
+
+    Attributes:
+        of_torch: As `torch.get_rng_state` gives it.
+        of_numpy: As `numpy.random.get_state` gives it.
+        of_python: As `random.getstate` gives it.
+    """
+
+    of_torch: Tensor
+    of_numpy: dict[str, Any]
+    of_python: tuple[Any, ...]
+
+    @classmethod
+    def now(cls) -> HostRandomState:
+        """The present states."""
+        # The legacy functions are those of the global generator.
+        of_numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+        return cls(torch.get_rng_state(), of_numpy, random.getstate())
+
+    def restore(self) -> None:
+        """Puts the global generators into these states."""
+        torch.set_rng_state(self.of_torch)
+        np.random.set_state(self.of_numpy)  # noqa: NPY002
+        random.setstate(self.of_python)

@@ -51,6 +51,11 @@ def tensor_leaves(nested: object) -> Iterator[Tensor]:
             yield from tensor_leaves(value)
 
 
+def differentiable_leaves(nested: object) -> list[Tensor]:
+    """The floating-point tensors of a nesting, in the order of `tensor_leaves`."""
+    return [tensor for tensor in tensor_leaves(nested) if tensor.is_floating_point()]
+
+
 def named_tensor_leaves(nested: object, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of a nesting with the expression that reaches them, for messages."""
     if isinstance(nested, Tensor):

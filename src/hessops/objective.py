@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Literal, Self, TypeVar
 
@@ -15,6 +15,7 @@ from torch.func import functional_call, vmap
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
+    DataError,
     DtypeError,
     LossError,
     ModelError,
@@ -22,11 +23,17 @@ from hessops.errors import (
     TrainingModeError,
 )
 from hessops.isolation import (
+    isolated,
     preserved_random_state,
     random_state,
     twice_differentiable_kernels,
 )
-from hessops.nested import map_tensors, named_tensor_leaves, tensor_leaves
+from hessops.nested import (
+    differentiable_leaves,
+    map_tensors,
+    named_tensor_leaves,
+    tensor_leaves,
+)
 from hessops.space import ParameterSpace, RestrictTo, require_finite
 from hessops.streaming import Batch, take_rows
 
@@ -95,6 +102,7 @@ class Objective:
             )
         self.space = ParameterSpace.from_model(model, restrict_to)
         _refuse_unsuitable(model)
+        _refuse_shared_parameters(model, loss)
         self.reduction: Reduction = reduction
         self._users_model = model
         self._users_loss = loss
@@ -106,13 +114,21 @@ class Objective:
         for name, shape in self.space.shapes.items():
             if name not in current or current[name].shape != shape:
                 raise ModelError(f"parameter {name!r} of the model was removed or reshaped")
-        require_finite(current, "parameter")
-        require_finite(dict(model.named_buffers()), "buffer")
+            if current[name].dtype != self.space.dtype:
+                raise DtypeError(
+                    f"parameter {name!r} of the model is {current[name].dtype} now and was "
+                    f"{self.space.dtype}; make a new operator"
+                )
         # Inside inference_mode the copies would be inference tensors, which have no gradient.
-        with torch.inference_mode(False):
+        with isolated(self.space.device):
+            require_finite(current, "parameter")
+            # Attention masks are -inf where nothing may be seen.
+            require_finite(dict(model.named_buffers()), "buffer", allow_infinite=True)
             self._module = _copied(model, "model").to(self.space.device)
             self._loss = (
-                _copied(loss, "loss").to(self.space.device) if isinstance(loss, nn.Module) else loss
+                _copied(loss, "loss").to(self.space.device).requires_grad_(False)
+                if isinstance(loss, nn.Module)
+                else loss
             )
         self._bind()
 
@@ -225,41 +241,66 @@ class Objective:
 
         One forward must leave the global random state unchanged (no active dropout), the forward of
         a random half of the batch must equal those rows (no batch-norm in training mode), and the
-        batch's loss must be the mean, sum or vector of the loss over the rows of the output. Costs
-        about half a gradient. The random state is restored. Values on the meta device are not
-        looked at.
+        batch's loss must be the mean, sum or vector of the loss over the rows of the output, in its
+        value and in its gradient by the output: where all outputs are zero, as those of a new last
+        layer may be, every weighted mean has the same value. Costs about half a gradient. The
+        random state is restored. Values on the meta device are not looked at.
 
         Raises:
-            NonFiniteError: NaN or infinity in the inputs, targets, output or loss.
-            DtypeError: Floating-point inputs of another dtype than the parameters.
+            DataError: A batch of no points.
+            NonFiniteError: NaN or infinity in the inputs, targets, output, loss or its gradient.
+            DtypeError: Floating-point inputs or targets of another dtype than the parameters that
+                the model or loss does not take.
             TrainingModeError: A random forward, or one that couples points.
-            ModelError: The output has no leading dimension over points, or weights are rewritten.
-            LossError: The loss is not what `reduction` claims.
+            ModelError: The output has no leading dimension over points, does not depend on the
+                parameters, or reaches them by ways that cannot be replaced; weights or inputs are
+                rewritten.
+            LossError: The loss is not what `reduction` claims, or not a function of output and
+                target alone.
         """
+        if batch.size == 0:
+            raise DataError(f"batch {batch.position} has no points")
         require_finite(_named_inputs(batch), f"batch {batch.position}: tensor")
         if self.device.type == "meta":
             return
-        with torch.no_grad(), self.kernels(), preserved_random_state(self.device):
+        with (
+            isolated(self.device),
+            torch.enable_grad(),
+            self.kernels(),
+            preserved_random_state(self.device),
+        ):
             output = self._checked_output(batch)
             self._check_points_are_separate(output, batch)
             self._check_loss(output, batch)
 
     def _checked_output(self, batch: Batch) -> object:
         before = random_state(self.device)
-        params = {name: p.clone() for name, p in {**self._frozen, **self._params}.items()}
+        # Copies throughout: what the forward writes to is seen, and nobody's tensors are changed.
+        values = {**self._frozen, **self._params}
+        leaves = {
+            name: p.detach().requires_grad_(p.is_floating_point()) for name, p in values.items()
+        }
+        params = {name: leaf.clone() for name, leaf in leaves.items()}
         buffers = {name: b.clone() for name, b in self._buffers.items()}
+        x = map_tensors(torch.clone, batch.x)
         versions = {name: t._version for name, t in {**params, **buffers}.items()}
-        try:
-            output = functional_call(self._module, {**buffers, **params}, (batch.x,))
-        except RuntimeError as error:
-            self._explain_dtype(batch, error)
-            raise
-        after = random_state(self.device)
-        if not all(torch.equal(b, a) for b, a in zip(before, after, strict=True)):
+        with self._explaining_dtypes(batch, _floating(batch.x, "x")):
+            output = functional_call(self._module, {**buffers, **params}, (x,))
+        if random_state(self.device) != before:
             raise TrainingModeError(
                 "the model's forward draws random numbers (active dropout?)" + self._mode_advice()
             )
-        rewritten = [name for name, p in params.items() if p._version != versions[name]]
+        if _is_written(x):
+            raise ModelError(
+                "the model's forward writes to its input (an in-place operation on x), so that "
+                "the next pass would see other data; use the out-of-place form"
+            )
+        # Writing through `.data` leaves no other trace than the values.
+        rewritten = [
+            name
+            for name, p in params.items()
+            if p._version != versions[name] or not torch.equal(p, values[name])
+        ]
         if rewritten:
             raise ModelError(
                 f"the model's forward rewrites its parameters {rewritten} (max_norm?), so that it "
@@ -275,15 +316,42 @@ class Objective:
                 f"the model's forward rewrites its buffers {written}" + self._mode_advice()
             )
         self._require_rows(output, batch)
-        return output
+        self._require_dependence(output, leaves)
+        return map_tensors(Tensor.detach, output)
 
-    def _explain_dtype(self, batch: Batch, error: RuntimeError) -> None:
-        for name, tensor in named_tensor_leaves(batch.x, "x"):
-            if tensor.is_floating_point() and tensor.dtype != self.space.dtype:
-                raise DtypeError(
-                    f"batch {batch.position}: {name} is {tensor.dtype}, the parameters are "
-                    f"{self.space.dtype}; convert one of them"
-                ) from error
+    def _require_dependence(self, output: object, leaves: Mapping[str, Tensor]) -> None:
+        """The parameters that were passed to the forward, and no others, lead to its output."""
+        reached = _leaves_of_graph(tensor_leaves(output))
+        for module in (self._module, self._users_model):
+            bypassed = [name for name, p in module.named_parameters() if id(p) in reached]
+            if bypassed:
+                raise ModelError(
+                    f"the model's forward reaches its parameters {bypassed[:8]} by other ways than "
+                    "as attributes of its modules (a list of parameters, a function that closes "
+                    "over the module, a replaced forward), so that it cannot be taken as a "
+                    "function of them; use nn.ParameterList, or methods of the module"
+                )
+        if not any(id(leaf) in reached for leaf in leaves.values()):
+            raise ModelError(
+                "the model's output does not depend on its parameters as far as autograd sees (a "
+                "forward under torch.no_grad or inference_mode, or detach?)"
+            )
+
+    @contextmanager
+    def _explaining_dtypes(
+        self, batch: Batch, tensors: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[None]:
+        """Says which of some tensors has another dtype than the parameters where torch fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            for name, tensor in tensors:
+                if tensor.dtype != self.space.dtype:
+                    raise DtypeError(
+                        f"batch {batch.position}: {name} is {tensor.dtype}, the parameters are "
+                        f"{self.space.dtype}; convert one of them ({error})"
+                    ) from error
+            raise
 
     def _mode_advice(self) -> str:
         active = [
@@ -307,10 +375,14 @@ class Objective:
                     f"expected the {batch.size} points of the batch in its leading dimension; wrap "
                     "the model so that it returns what the loss needs, one row per point"
                 )
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise NonFiniteError(
-                    f"batch {batch.position}: the model's {name} holds NaN or infinite values"
+            if tensor.is_complex():
+                raise ModelError(
+                    f"batch {batch.position}: the model's {name} is {tensor.dtype}, expected real "
+                    "numbers; let the model return torch.view_as_real of it"
                 )
+            # Infinity is left to the loss, which must be finite: masked logits are -inf.
+            if tensor.isnan().any():
+                raise NonFiniteError(f"batch {batch.position}: the model's {name} holds NaN")
 
     def _check_points_are_separate(self, output: object, batch: Batch) -> None:
         half = batch.size // 2
@@ -319,55 +391,130 @@ class Objective:
         generator = torch.Generator().manual_seed(batch.position)
         chosen = torch.randperm(batch.size, generator=generator, device="cpu")[:half]
         chosen = chosen.sort().values.to(self.device)
-        alone = self.output({}, batch.rows(chosen, half).x)
+        alone = self._output_of_half(batch.rows(chosen, half))
         expected = take_rows(output, chosen)
         for rows, row_alone in zip(tensor_leaves(expected), tensor_leaves(alone), strict=True):
             if not rows.is_floating_point():
                 continue
-            same = rows.shape == row_alone.shape
-            scale = rows.abs().max()
-            if not same or (rows - row_alone).abs().max() > self._tolerance() * scale:
+            if not _are_close(rows, row_alone, self._tolerance(rows.dtype)):
                 raise TrainingModeError(
                     f"batch {batch.position}: the model's output for half of the points differs "
                     "from its output for them within the whole batch, so that there is no loss of "
                     "one point alone (batch-norm in training mode?)" + self._mode_advice()
                 )
 
-    def _tolerance(self) -> float:
+    def _output_of_half(self, batch: Batch) -> object:
+        try:
+            return self.output({}, batch.x)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"batch {batch.position}: the model fails on {batch.size} of the points alone "
+                f"({error}); it must take any number of points"
+            ) from error
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
         """Relative rounding difference that another batch size may cause."""
         tolerances = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}
-        tolerance = tolerances.get(self.space.dtype, 5e-2)
+        tolerance = max(tolerances.get(t, 5e-2) for t in (dtype, self.space.dtype))
         # TF32 convolutions are the default of cuDNN, with ten bits of mantissa.
         is_tf32 = self.device.type == "cuda" and self.space.dtype == torch.float32
-        return 5e-3 if is_tf32 else tolerance
+        return max(5e-3, tolerance) if is_tf32 else tolerance
 
     def _check_loss(self, output: object, batch: Batch) -> None:
+        output = map_tensors(lambda t: t.detach().requires_grad_(t.is_floating_point()), output)
+        leaves = differentiable_leaves(output)
+        value = self._checked_loss(output, batch)
+        with self._explaining_dtypes(batch, named_tensor_leaves(batch.y, "y")):
+            gradient = self._output_gradient(value, leaves)
+        if not gradient.isfinite().all():
+            raise NonFiniteError(
+                f"batch {batch.position}: the gradient of loss by the model's output holds NaN or "
+                "infinite values (a square root or norm at zero?)"
+            )
+        for vectorize in (True, False):
+            rows = self._checked_losses_of_rows(output, batch, vectorize=vectorize)
+            if rows.shape != (batch.size,) or not self._is_reduction_of(value.detach(), rows):
+                reason = (
+                    f"it gave {_values(value)}, but the points alone give "
+                    f"{_values(_reduced(rows, self.reduction))}"
+                )
+            elif not self._is_gradient_of(gradient, rows, leaves):
+                reason = "its gradient by the output is not that of the losses of the points"
+            else:
+                return
+        raise LossError(
+            f"batch {batch.position}: loss is not the {_reduction_name(self.reduction)} "
+            f"(reduction={self.reduction!r}): {reason} "
+            "(class weights, ignore_index, or another reduction?). " + _ADVICE_ON_LOSS
+        )
+
+    def _checked_loss(self, output: object, batch: Batch) -> Tensor:
+        """The loss of an output that records gradients."""
         before = random_state(self.device)
-        value = self._loss(output, batch.y)
-        if not all(
-            torch.equal(b, a) for b, a in zip(before, random_state(self.device), strict=True)
-        ):
+        y = map_tensors(torch.clone, batch.y)
+        with self._explaining_dtypes(batch, _floating(batch.y, "y")):
+            value = self._loss(map_tensors(torch.clone, output), y)
+        if random_state(self.device) != before:
             raise TrainingModeError("loss draws random numbers; it must be deterministic")
         self._require_loss_shape(value, batch)
+        if _is_written(y):
+            raise LossError("loss writes to its target (an in-place operation on y)")
         if not value.isfinite().all():
             raise NonFiniteError(
                 f"batch {batch.position}: loss returned NaN or infinite values "
                 "(are all targets of the batch ignored?)"
             )
-        for vectorize in (True, False):
-            rows = self._losses_of_rows(output, batch, vectorize=vectorize)
-            if rows.shape == (batch.size,) and self._is_reduction_of(value, rows):
-                return
-        raise LossError(
-            f"batch {batch.position}: loss is not the {_reduction_name(self.reduction)} "
-            f"(reduction={self.reduction!r}): it gave {_values(value)}, but the points "
-            f"alone give {_values(_reduced(rows, self.reduction))} "
-            "(class weights, ignore_index, or another reduction?). " + _ADVICE_ON_LOSS
-        )
+        if not value.requires_grad:
+            raise LossError(
+                "loss is not a differentiable function of the model's output (computed under "
+                "torch.no_grad, from .item(), numpy or argmax?)"
+            )
+        constant = map_tensors(lambda t: t.detach().clone(), output)
+        if self._loss(constant, y).requires_grad:
+            raise LossError(
+                "loss depends on other tensors with gradients than the model's output (a penalty "
+                "on its parameters?), whose curvature would be missing; add a quadratic penalty "
+                "c/2·|θ|² as operator.shift(c), and detach what is a constant"
+            )
+        return value
+
+    def _checked_losses_of_rows(self, output: object, batch: Batch, *, vectorize: bool) -> Tensor:
+        copies = map_tensors(torch.clone, output)
+        try:
+            return self._losses_of_rows(copies, batch, vectorize=vectorize)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise LossError(
+                f"batch {batch.position}: loss fails on one point alone ({error}), so that it is "
+                f"not the {_reduction_name(self.reduction)}. {_ADVICE_ON_LOSS}"
+            ) from error
+
+    def _output_gradient(self, value: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """The gradient of a loss by the output, flat; of a vector, with weights that differ."""
+        weights = torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device)
+        gradients = torch.autograd.grad(value, leaves, weights.view_as(value), allow_unused=True)
+        parts = [
+            torch.zeros_like(leaf) if g is None else g
+            for g, leaf in zip(gradients, leaves, strict=True)
+        ]
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def _is_gradient_of(self, gradient: Tensor, rows: Tensor, leaves: Sequence[Tensor]) -> bool:
+        if not rows.requires_grad:
+            return False
+        expected = self._output_gradient(_reduced(rows, self.reduction), leaves)
+        if gradient.dtype == torch.float16:
+            return True  # where 1/n may underflow
+        difference = (gradient - expected).abs().max()
+        return bool(difference <= self._tolerance(gradient.dtype) * expected.abs().max())
 
     def _is_reduction_of(self, value: Tensor, rows: Tensor) -> bool:
         tolerances = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3}
         tolerance = tolerances.get(value.dtype, 3e-2)
+        rows = rows.detach()
         if not rows.isfinite().all():
             return False
         expected = _reduced(rows, self.reduction)
@@ -415,17 +562,54 @@ def _values(tensor: Tensor) -> str:
     return f"{tensor.item():.6g}" if tensor.ndim == 0 else f"{tensor[:4].tolist()}"
 
 
+def _floating(nested: object, name: str) -> list[tuple[str, Tensor]]:
+    return [(leaf, t) for leaf, t in named_tensor_leaves(nested, name) if t.is_floating_point()]
+
+
+def _leaves_of_graph(tensors: Iterable[Tensor]) -> set[int]:
+    """The identities of the leaves that the graphs of some tensors lead to."""
+    recording = [t for t in tensors if t.requires_grad]
+    leaves = {id(t) for t in recording if t.grad_fn is None}
+    pending = [t.grad_fn for t in recording if t.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        following = {fn for fn, _ in node.next_functions if fn is not None} - seen
+        seen |= following
+        pending.extend(following)
+    return leaves
+
+
+def _are_close(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    """Whether two tensors agree, relative to their largest finite entry; equal infinities do."""
+    if first.shape != second.shape:
+        return False
+    scale = torch.where(first.isfinite(), first, 0.0).abs().max()
+    difference = torch.where(first == second, 0.0, (first - second).abs()).max()
+    return bool(difference <= tolerance * scale)
+
+
+def _is_written(copies: object) -> bool:
+    """Whether any of some tensors that were just cloned has been written to since."""
+    return any(tensor._version > 0 for tensor in tensor_leaves(copies))
+
+
 def _named_inputs(batch: Batch) -> dict[str, Tensor]:
     return {**dict(named_tensor_leaves(batch.x, "x")), **dict(named_tensor_leaves(batch.y, "y"))}
 
 
 def _refuse_unsuitable(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        raise ModelError(
-            f"model is compiled ({type(model).__name__}) and cannot be differentiated twice; pass "
-            "the original module (model._orig_mod of a torch.compile result)"
-        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"model is a {type(model).__name__}; pass the module inside, model.module")
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            part = f" in its module {name!r}" if name else ""
+            raise ModelError(
+                f"model is compiled{part} ({type(module).__name__}) and cannot be differentiated "
+                "twice; use the original module (_orig_mod of a torch.compile result)"
+            )
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
         if module.max_norm is not None:
@@ -438,6 +622,24 @@ def _refuse_unsuitable(model: nn.Module) -> None:
                 f"module {name!r} ({type(module).__name__}) has sparse gradients, which cannot be "
                 "differentiated again; set sparse=False"
             )
+        if module.scale_grad_by_freq:
+            raise ModelError(
+                f"module {name!r} ({type(module).__name__}) has scale_grad_by_freq=True, so that "
+                "its gradients are not those of the loss; set it to False"
+            )
+
+
+def _refuse_shared_parameters(model: nn.Module, loss: Loss) -> None:
+    if not isinstance(loss, nn.Module):
+        return
+    of_model = {id(p): name for name, p in model.named_parameters()}
+    shared = [of_model[id(p)] for p in loss.parameters() if id(p) in of_model]
+    if shared:
+        raise LossError(
+            f"loss holds parameters of the model {shared[:8]}, by which it would not be "
+            "differentiated: a loss is a function of output and target; add a quadratic penalty "
+            "c/2·|θ|² as operator.shift(c), or let the model return what the loss needs"
+        )
 
 
 def _copied(module: _Module, argument: str) -> _Module:

@@ -284,8 +284,13 @@ class ParameterSpace:
     def indices(self, names: Iterable[str]) -> Tensor:
         """Positions of some parameters in the flat vector, ``(p,)`` int64, in flat order."""
         chosen = self._resolved_once(names)
-        pieces = [torch.arange(s.start, s.stop) for n, s in self.slices.items() if n in chosen]
-        return torch.cat(pieces).to(self.device)
+        return torch.cat(
+            [
+                torch.arange(where.start, where.stop, device=self.device)
+                for name, where in self.slices.items()
+                if name in chosen
+            ]
+        )
 
     def _resolved_once(self, names: Iterable[str]) -> set[str]:
         if isinstance(names, str):

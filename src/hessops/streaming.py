@@ -20,6 +20,7 @@ from hessops.errors import (
     DataError,
     OneShotDataError,
 )
+from hessops.isolation import HostRandomState
 from hessops.nested import map_tensors, named_tensor_leaves, tensor_leaves
 
 _Item = TypeVar("_Item")
@@ -354,14 +355,18 @@ def _owned(batch: Batch, original: Batch) -> Batch:
 
 @dataclass
 class _PrivateRandomState:
-    """A state of torch's global CPU generator that only the loader sees.
+    """A state of the global generators of torch, numpy and Python that only the loader sees.
 
-    It starts from `torch.initial_seed`, so that `torch.manual_seed` decides the shuffling, and goes
-    on from pass to pass, so that random augmentation shows up as a change of the data.
+    Torch's starts from `torch.initial_seed`, so that `torch.manual_seed` decides the shuffling; the
+    others have no such function and start as they are. They go on from pass to pass, so that random
+    augmentation shows up as a change of the data.
     """
 
-    state: Tensor = field(
-        default_factory=lambda: torch.Generator().manual_seed(torch.initial_seed()).get_state()
+    state: HostRandomState = field(
+        default_factory=lambda: replace(
+            HostRandomState.now(),
+            of_torch=torch.Generator().manual_seed(torch.initial_seed()).get_state(),
+        )
     )
 
     def iterate(self, data: Iterable[object]) -> Iterator[object]:
@@ -377,13 +382,13 @@ class _PrivateRandomState:
 
     @contextmanager
     def _swapped_in(self) -> Iterator[None]:
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self.state)
+        outside = HostRandomState.now()
+        self.state.restore()
         try:
             yield
         finally:
-            self.state = torch.get_rng_state()
-            torch.set_rng_state(outside)
+            self.state = HostRandomState.now()
+            outside.restore()
 
 
 class _Fingerprint:
