@@ -30,6 +30,7 @@ from hessops import (
 )
 from hessops.errors import (
     ArgumentError,
+    ConvergenceWarning,
     MemoryLimitError,
     MissingInverseError,
     SingularOperatorError,
@@ -528,3 +529,82 @@ def test_every_composite_moves_as_a_whole(name: str) -> None:
         assert moved.device.type == "meta"
         assert operator.device.type == "cpu"
         assert moved.apply(torch.ones(2, SIZE, dtype=torch.float64)).shape == (2, SIZE)
+
+
+# --- what a reviewer would try ---------------------------------------------------------------
+
+
+def test_one_large_entry_does_not_make_a_matrix_symmetric() -> None:
+    matrix = torch.tensor([[1e15, 0.0, 0.0], [0.0, 2.0, 1.0], [0.0, 0.0, 2.0]]).double()
+    operator = MatrixOperator(matrix)
+    assert operator.symmetric is False
+    vector = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    assert torch.equal(operator.T.apply(vector), matrix.T @ vector)
+    solved = DirectSolveOperator(matrix[1:, 1:]).apply(vector[1:])
+    assert torch.allclose(solved, torch.linalg.solve(matrix[1:, 1:], vector[1:]))
+
+
+@pytest.mark.parametrize("build", [diagonal, symmetric, low_rank, blocks], ids=lambda b: b.__name__)
+def test_a_shift_stays_when_a_regularization_is_replaced(
+    build: Callable[[], TensorOperator],
+) -> None:
+    inverse = build().shift(1.0).inverse()
+    assert inverse.regularization == 0
+    changed = inverse.with_regularization(0.5).with_regularization(0.25)
+    expected = torch.linalg.inv(build().to_dense() + 1.25 * EYE)
+    assert relative_error(changed.to_dense(), expected) < 1e-10
+
+
+def test_a_direct_solve_that_misses_its_tolerance_warns() -> None:
+    matrix = random_spd(50, 1e6).float()
+    inverse = DirectSolveOperator(matrix)
+    assert set(inverse.solve(torch.eye(50)).status) == {SolveStatus.STAGNATED}
+    with pytest.warns(ConvergenceWarning, match="stagnated"):
+        inverse.apply(torch.eye(50))
+
+
+def test_nearly_orthonormal_columns_are_orthonormalised() -> None:
+    basis = torch.zeros(10_000, 1, dtype=torch.float64)
+    basis[0] = 1 + 1e-8
+    representation = LowRankProductRepresentation(torch.ones(1).double(), basis)
+    inverse = LowRankOperator(representation, 1e-10)
+    result = inverse.apply(torch.eye(1, 10_000, dtype=torch.float64))
+    assert abs(result[0, 0].item() - 1 / ((1 + 1e-8) ** 2 + 1e-10)) < 1e-12
+
+
+def test_a_zero_eigenvalue_beside_a_large_one_is_damped() -> None:
+    representation = LowRankProductRepresentation(torch.tensor([1e3, 0.0]), torch.eye(4)[:, :2])
+    inverse = LowRankOperator(representation, 1e-5)
+    assert torch.allclose(inverse.apply(torch.eye(4)).diagonal()[1:], torch.full((3,), 1e5))
+
+
+def test_the_space_of_the_identity_is_kept() -> None:
+    space = ParameterSpace.from_tensors({"a": torch.zeros(SIZE, dtype=torch.float64)})
+    named = IdentityOperator(SIZE, torch.float64, space=space)
+    for operator in (named + symmetric(), symmetric() + named, symmetric() @ named):
+        assert operator.space == space
+
+
+def test_a_hook_that_keeps_no_contract_is_refused_in_composites_too() -> None:
+    class Broadcasts(OneWay):
+        def _apply_rows(self, rows: Tensor) -> Tensor:
+            return rows[:, :1]
+
+    for operator in (Broadcasts(), Broadcasts() + symmetric(), CgOperator(Broadcasts(), 1.0)):
+        with pytest.raises(ValueError, match="contract"):
+            operator.apply(torch.ones(2, SIZE, dtype=torch.float64))
+
+
+def test_scipy_multiplies_complex_vectors_by_parts() -> None:
+    vector = np.ones(SIZE) + 2j * np.arange(SIZE)
+    assert np.allclose(general().to_scipy() @ vector, G.numpy() @ vector)
+
+
+def test_a_default_device_of_the_caller_does_not_reach_in() -> None:
+    operator = general()
+    torch.set_default_device("meta")
+    try:
+        dense = operator.to_dense()
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(dense, G)

@@ -15,7 +15,7 @@ from hessops import (
     HessianOperator,
     InverseHarmonicMeanOperator,
 )
-from hessops.errors import ForwardModeError, HessopsError
+from hessops.errors import ForwardModeError, HessopsError, ModelError
 
 N = 7
 VOCABULARY = 6
@@ -281,4 +281,107 @@ def test_losses_that_are_not_the_mean_are_refused_with_advice(
     x, y = torch.randn(N, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0])
     operator = OPERATORS[operator_name](nn.Linear(4, 3), loss, [(x, y)])
     with pytest.raises(HessopsError, match="reduction='none'"):
+        operator.apply(torch.ones(operator.input_size))
+
+
+class OnceTanh(torch.autograd.Function):
+    """A right first derivative that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        result = x.tanh()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, weight: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return weight * (1 - result.square())
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(OnceTanh.apply(self.first(x)))
+
+
+@pytest.mark.parametrize("operator_name", OPERATORS)
+def test_custom_functions_without_a_second_derivative_are_refused(operator_name: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(N, 4).double(), torch.randint(3, (N,))
+    operator = OPERATORS[operator_name](Custom().double(), nn.CrossEntropyLoss(), [(x, y)])
+    with pytest.raises(ModelError, match=r"not symmetric|cannot compute"):
+        operator.apply(torch.ones(operator.input_size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("operator_name", OPERATORS)
+def test_weight_norm_equals_the_formula_written_out(operator_name: str, dim: int | None) -> None:
+    torch.manual_seed(0)
+    normed = [torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4), dim=dim) for _ in "ab"]
+    model = nn.Sequential(normed[0], nn.Tanh(), normed[1]).double()
+
+    class WrittenOut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tensors = nn.ParameterList(model.parameters())
+
+        def forward(self, x: Tensor) -> Tensor:
+            others = {0: 1, 1: 0, None: (0, 1)}[dim]
+            for layer in (self.tensors[:3], self.tensors[3:]):
+                bias, g, v = layer
+                weight = v * g / v.square().sum(dim=others, keepdim=dim is not None).sqrt()
+                x = x @ weight.T + bias
+                x = x.tanh() if layer[0] is self.tensors[0] else x
+            return x
+
+    x, y = torch.randn(N, 4).double(), torch.randint(3, (N,))
+    matrix = getattr(DenseReference(WrittenOut(), nn.CrossEntropyLoss(), x, y), operator_name)()
+    operator = OPERATORS[operator_name](model, nn.CrossEntropyLoss(), [(x, y)])
+    assert relative_error(operator.to_dense(), matrix) < 1e-10
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("operator_name", OPERATORS)
+def test_writing_to_what_a_gradient_needs_is_refused(operator_name: str, rows: int) -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).sigmoid()
+            output = self.second(hidden)
+            hidden.mul_(2)
+            return output
+
+    x, y = torch.randn(N, 4), torch.randint(3, (N,))
+    operator = OPERATORS[operator_name](Writing(), nn.CrossEntropyLoss(), [(x, y)])
+    with pytest.raises(ModelError, match=r"in-?place operation"):
+        operator.apply(torch.ones(rows, operator.input_size))
+
+
+def test_cached_parametrizations_of_the_caller_do_not_reach_in() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        torch.nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)
+    ).double()
+    x, y = torch.randn(N, 4).double(), torch.randint(3, (N,))
+    operator = HessianOperator(model, nn.CrossEntropyLoss(), [(x, y)])
+    vector = torch.randn(operator.input_size, dtype=torch.float64)
+    expected = operator.apply(vector)
+    with torch.nn.utils.parametrize.cached():
+        model(x)
+        assert torch.equal(operator.apply(vector), expected)
+
+
+@pytest.mark.parametrize("loss", [nn.MultiMarginLoss()], ids=lambda loss: type(loss).__name__)
+def test_losses_without_a_second_derivative_are_refused_by_name(loss: nn.Module) -> None:
+    x, y = torch.randn(N, 4), torch.randint(3, (N,))
+    operator = HessianOperator(nn.Linear(4, 3), loss, [(x, y)])
+    with pytest.raises(ModelError, match="second derivative"):
         operator.apply(torch.ones(operator.input_size))

@@ -973,7 +973,8 @@ def test_a_loss_module_is_copied_with_its_weights() -> None:
     assert torch.equal(operator.to_dense(), expected)
 
 
-def test_buffers_that_a_forward_writes_start_from_the_snapshot_in_every_product() -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_buffers_that_a_forward_writes_after_their_use_are_refused_as_torch_does(rows: int) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -986,7 +987,8 @@ def test_buffers_that_a_forward_writes_start_from_the_snapshot_in_every_product(
             return output
 
     operator = HessianOperator(Counting().eval(), nn.MSELoss(), [(inputs(), values())])
-    assert torch.equal(operator.to_dense(), operator.to_dense())
+    with pytest.raises(ModelError, match=r"in-?place operation"):
+        operator.apply(torch.ones(rows, operator.input_size, dtype=torch.float64))
 
 
 # --- the caller's contexts -----------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -31,15 +33,22 @@ def isolated(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable_kernels(*, without_cudnn: bool = False) -> Iterator[None]:
+def twice_differentiable_kernels(
+    *, without_cudnn: bool = False, with_explicit_weight_norm: bool = False
+) -> Iterator[None]:
     """Selects kernels that can be differentiated twice, and restores the caller's choice.
 
     Fused attention has no double backward and no forward mode: the mathematical form is used. The
     fast path of `torch.nn.MultiheadAttention` is another function than the one that is
     differentiated. Recurrent networks in cuDNN have no double backward either (`without_cudnn`).
+    The double backward of `torch._weight_norm` is wrong (`with_explicit_weight_norm`). A caller's
+    `torch.nn.utils.parametrize.cached` would hand out weights that belong to other parameters.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
+        stack.enter_context(_without_cached_parametrizations())
+        if with_explicit_weight_norm:
+            stack.enter_context(_ExplicitWeightNorm())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if without_cudnn:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -48,6 +57,38 @@ def twice_differentiable_kernels(*, without_cudnn: bool = False) -> Iterator[Non
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def _without_cached_parametrizations() -> Iterator[None]:
+    kept = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = kept
+
+
+class _ExplicitWeightNorm(TorchFunctionMode):
+    """Writes g·v/‖v‖ out in operations whose derivatives are right to every order."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        if function is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """As `torch._weight_norm`: the norm is over all dimensions but `dim`, over all for -1."""
+    others = [d for d in range(v.ndim) if d != dim] if dim != -1 else None
+    norms: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
+    return v * (g / norms)
 
 
 @contextmanager

@@ -139,6 +139,10 @@ class Objective:
         self._frozen = {name: p for name, p in every.items() if name not in self._params}
         self._buffers = {name: b.detach() for name, b in self._module.named_buffers()}
         self._has_rnn = any(isinstance(m, nn.RNNBase) for m in self._module.modules())
+        # The parametrization's class is private to torch.
+        self._has_weight_norm = any(
+            type(m).__name__ == "_WeightNorm" for m in self._module.modules()
+        )
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -175,7 +179,8 @@ class Objective:
     def kernels(self) -> AbstractContextManager[None]:
         """A context in which every kernel of the model can be differentiated twice."""
         return twice_differentiable_kernels(
-            without_cudnn=self._has_rnn and self.device.type == "cuda"
+            without_cudnn=self._has_rnn and self.device.type == "cuda",
+            with_explicit_weight_norm=self._has_weight_norm,
         )
 
     def output(self, params: Mapping[str, Tensor], x: object) -> object:

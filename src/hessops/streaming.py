@@ -161,6 +161,8 @@ class BatchStream:
         cache: ``"auto"`` keeps the batches when they fit 1 GiB, ``True`` always, ``False`` never,
             a number of bytes sets the budget. Part of a stream is never kept.
         progress: Shows a progress bar over the batches of each pass.
+        same_batches: Refuses data whose points come in other batches in a later pass, and not only
+            other points.
 
     Raises:
         OneShotDataError: `data` is an iterator or generator.
@@ -186,6 +188,7 @@ class BatchStream:
         unpack: Unpack | None = None,
         cache: str | bool | int = "auto",
         progress: bool = False,
+        same_batches: bool = False,
     ) -> None:
         _require_replayable(data)
         self.data = data
@@ -193,6 +196,7 @@ class BatchStream:
         self.unpack = unpack
         self.cache = cache
         self.progress = progress
+        self.same_batches = same_batches
         self._budget = _cache_budget(cache)
         self._random_state = _PrivateRandomState()
         self._first_pass: _Fingerprint | None = None
@@ -233,6 +237,7 @@ class BatchStream:
             unpack=self.unpack,
             cache=self.cache,
             progress=self.progress,
+            same_batches=self.same_batches,
         )
         without_values = moved.device.type == "meta"
         moved._first_pass = None if without_values else self._first_pass
@@ -243,7 +248,7 @@ class BatchStream:
 
     def _load(self, *, keep: bool = True) -> Iterator[Batch]:
         """One pass over the data themselves."""
-        fingerprint = _Fingerprint()
+        fingerprint = _Fingerprint(by_batch=self.same_batches)
         kept: list[Batch] | None = [] if keep and self._budget > 0 else None
         kept_bytes = 0
         length = _length(self.data)
@@ -400,7 +405,8 @@ class _Fingerprint:
     dimensions belongs to every point of its batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_batch: bool = False) -> None:
+        self.by_batch = by_batch
         self.num_points = 0
         self._sums: list[Tensor] = []
 
@@ -414,7 +420,8 @@ class _Fingerprint:
             words = _as_words(leaf)
             weights = _mix(torch.arange(words.shape[1], device=leaf.device)) | 1
             hashes = hashes.to(leaf.device) + _mix((words * weights).sum(dim=1) + salt + 1)
-        self._sums.append(_mix(hashes.expand(batch.size)).sum())
+        of_batch = _mix(hashes.expand(batch.size)).sum()
+        self._sums.append(_mix(of_batch) if self.by_batch else of_batch)
 
     def require_equal(self, other: _Fingerprint) -> None:
         if self.num_points != other.num_points:
@@ -425,7 +432,9 @@ class _Fingerprint:
         if self._value() != other._value():
             raise DataChangedError(
                 "dataloader gave other data than in the first pass (random augmentation, a sampler "
-                "with replacement, drop_last with shuffle, padding that depends on the batch?): an "
+                "with replacement, drop_last with shuffle, padding that depends on the batch"
+                + (", other batches under an averaging that weighs them" if self.by_batch else "")
+                + "?): an "
                 "operator is applied to the same points every time; freeze what varies, or pass a "
                 "list of batches"
             )

@@ -216,6 +216,10 @@ def _check_adjointness(subject: _Subject) -> None:
 def _check_definiteness(subject: _Subject) -> None:
     if not subject.operator.positive_semidefinite:
         raise _DoesNotApply("not claimed to be positive semi-definite")
+    if subject.dense is not None:
+        smallest = torch.linalg.eigvalsh(subject.dense.double()).min().item()
+        if smallest < -subject.accuracy * subject.dense.double().norm().item():
+            raise ConformanceError(f"the dense reference has the eigenvalue {smallest:.2e}")
     vectors = subject.random(3)
     products = subject.operator.apply(vectors)
     forms = (vectors * products).sum(dim=1)
@@ -235,7 +239,8 @@ def _check_dense_reference(subject: _Subject) -> None:
     columns = operator @ vectors.T
     subject.require_close(columns, dense @ exact.T, "A @ X with columns")
     subject.require_close(operator.to_dense(), dense, "to_dense()")
-    if operator.symmetric and not torch.allclose(dense, dense.T, rtol=subject.accuracy):
+    asymmetry = (dense - dense.T).norm()
+    if operator.symmetric and asymmetry > subject.accuracy * dense.norm():
         raise ConformanceError("claims symmetry, but the dense reference is not symmetric")
 
 
@@ -267,6 +272,11 @@ def _check_side_effects(subject: _Subject) -> None:
         raise ConformanceError("the result carries a graph")
     if result.data_ptr() == vectors.data_ptr():
         raise ConformanceError("the result shares the memory of the argument")
+    kept = result.clone()
+    result.zero_()
+    subject.require_close(
+        subject.operator.apply(before), kept, "a product after an earlier result was written to"
+    )
     if not torch.equal(torch.get_rng_state(), random_state):
         raise ConformanceError("the global random state was advanced")
 

@@ -95,7 +95,7 @@ def resolved_device(device: torch.device | str) -> torch.device:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def available_bytes(device: torch.device) -> int:
@@ -109,3 +109,20 @@ def available_bytes(device: torch.device) -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return ASSUMED_MEMORY_BYTES
+
+
+def checked_floating(tensor: object, name: str, *, ndim: int) -> Tensor:
+    """A finite, real floating-point tensor with `ndim` dimensions.
+
+    Raises:
+        ArgumentTypeError, ShapeError, DtypeError, NonFiniteError: As their names say.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.ndim != ndim:
+        raise ShapeError(f"{name} must have {ndim} dimension(s), got shape {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise DtypeError(f"{name} must be real floating point, got {tensor.dtype}")
+    if not tensor.is_meta and not tensor.isfinite().all():
+        raise NonFiniteError(f"{name} holds NaN or infinite values")
+    return tensor

@@ -30,6 +30,10 @@ class Averaging(ABC):
         tensor([1.])
     """
 
+    # Whether results depend on how the points are split into batches: then every pass over the data
+    # must give the same batches, and not just the same points.
+    depends_on_batches: bool = True
+
     @abstractmethod
     def weight(self, num_points: int) -> float:
         """The weight of a batch of `num_points` points; finite and not negative."""
@@ -77,6 +81,8 @@ class Averaging(ABC):
 
 class PointAveraging(Averaging):
     """Every point counts the same: results do not depend on how the data are split into batches."""
+
+    depends_on_batches = False
 
     def weight(self, num_points: int) -> float:
         """n, the number of points."""

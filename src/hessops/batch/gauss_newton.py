@@ -16,7 +16,7 @@ from hessops.functional.products import (
     forward_mode_products,
     gradient_by_outputs,
 )
-from hessops.nested import map_tensors, tensor_leaves
+from hessops.nested import differentiable_leaves, map_tensors
 from hessops.streaming import Batch
 
 OutputMap = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -40,7 +40,7 @@ class _OutputSpaceOperation(ModelBatchOperation):
         leaves = differentiable(objective.params)
         with torch.enable_grad():
             output = objective.output(leaves, batch.x)
-        parts = _floating_parts(output)
+        parts = differentiable_leaves(output)
         jacobian = JacobianProducts(parts, leaves, self._stacked_gradient)
         gradients, apply_hessian = gradient_by_outputs(
             lambda new: objective.output_loss(_with_parts(output, new), batch), parts
@@ -48,16 +48,12 @@ class _OutputSpaceOperation(ModelBatchOperation):
         output_map = self._output_map(gradients, apply_hessian, batch.size)
         push = (
             forward_mode_products(
-                lambda p: _floating_parts(objective.output(p, batch.x)), objective.params
+                lambda p: differentiable_leaves(objective.output(p, batch.x)), objective.params
             )
             if forward_mode
             else jacobian.push
         )
         return lambda stack: jacobian.pull(output_map(push(stack)))
-
-
-def _floating_parts(output: object) -> list[Tensor]:
-    return [t for t in tensor_leaves(output) if t.is_floating_point()]
 
 
 def _with_parts(output: object, parts: Sequence[Tensor]) -> object:

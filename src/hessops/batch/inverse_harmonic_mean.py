@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hessops.batch.model import ModelBatchOperation
 from hessops.errors import ModelError
@@ -14,6 +14,7 @@ from hessops.space import RestrictTo
 from hessops.streaming import Batch
 from hessops.validation import checked_number
 
+_SUM_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 # Memory for the per-sample gradients of one chunk of points.
 GRADIENT_BYTES = 2**28
 
@@ -27,7 +28,7 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
 
     (Kwon et al. 2024, DataInf, by the formula of Sherman & Morrison). Symmetric positive definite.
     It is itself an approximate inverse of the damped empirical Gauss-Newton matrix: apply it, do
-    not invert it.
+    not invert it. Rounding errors are of the size eps·‖v‖/λ.
 
     Args:
         model: A module; see `Objective` for what is required of model and loss.
@@ -55,6 +56,7 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
     """
 
     always_positive_semidefinite = True
+    symmetric_by_construction = True
 
     def __init__(
         self,
@@ -75,13 +77,15 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
     def _linearize(self, batch: Batch, *, forward_mode: bool) -> LinearFunction:
         def apply(stack: Stack) -> Stack:
             rows = self.space.flatten(stack)
-            correction = torch.zeros_like(rows)
+            wide = rows.to(_SUM_DTYPES.get(rows.dtype, rows.dtype))
+            correction = torch.zeros_like(wide)
             for points in self._chunks(batch):
-                gradients = self._gradients(points)
-                along = rows @ gradients.T
-                norms = gradients.square().sum(dim=1)
-                correction += (along / (self.regularization + norms)) @ gradients
-            return self.space.unflatten((rows - correction / batch.size) / self.regularization)
+                units, norms = _normalized(self._gradients(points).to(wide.dtype))
+                # ‖g‖²/(λ + ‖g‖²), without the square that would overflow
+                shares = 1 / (1 + self.regularization / norms / norms)
+                correction += (wide @ units.T * shares) @ units
+            result = (wide - correction / batch.size) / self.regularization
+            return self.space.unflatten(result.to(rows.dtype))
 
         return apply
 
@@ -95,7 +99,7 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
         starts = range(0, batch.size, size)
         return [batch.rows(slice(s, s + size), min(size, batch.size - s)) for s in starts]
 
-    def _gradients(self, batch: Batch) -> torch.Tensor:
+    def _gradients(self, batch: Batch) -> Tensor:
         """Per-sample gradients ``(m, P)``, by vmap where the model admits it."""
         objective = self.objective
         if self._vectorize:
@@ -136,3 +140,11 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.objective!r}, regularization={self.regularization:g})"
+
+
+def _normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of unit length and their norms; a zero row stays zero and has the norm zero."""
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, 1.0)
+    norms = scaled.norm(dim=1, keepdim=True)
+    return scaled / torch.where(norms > 0, norms, 1.0), (norms * largest).squeeze(1)

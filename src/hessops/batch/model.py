@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hessops.batch.operation import BatchOperation
-from hessops.errors import ArgumentError, ForwardModeError
+from hessops.errors import ArgumentError, ForwardModeError, ModelError
 from hessops.functional.memory import RetainedBytes
 from hessops.functional.products import LinearFunction, Stack, StackedGradient
 from hessops.objective import Loss, Objective, Reduction
@@ -70,17 +72,40 @@ class ModelBatchOperation(BatchOperation):
         self.chunk_size = chunk_size
         self._stacked_gradient = StackedGradient()
 
+        self._symmetry_is_checked = self.symmetric_by_construction
+
     always_positive_semidefinite: bool | None = None
+    # Products by double backward are symmetric only if torch's second derivatives are right.
+    symmetric_by_construction = False
 
     @abstractmethod
     def _linearize(self, batch: Batch, *, forward_mode: bool) -> LinearFunction:
         """Traverses the model once; returns the map of stacks ``{name: (k, *shape)}``."""
 
     def _apply_stack(self, batch: Batch, tensors: Stack) -> Stack:
-        with self.objective.kernels():
+        with self._differentiating():
             if self.mode == "rev-fwd":
                 return self._forward_product(batch, tensors)
             return self._reverse_product(batch, tensors)
+
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        """The state for a product: the right kernels, torch's own remarks silenced."""
+        with self.objective.kernels(), warnings.catch_warnings():
+            # Torch compiles its own forward derivatives with what it deprecates itself, and says
+            # of some layers that its vectorised backward is a loop.
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            try:
+                yield
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                raise ModelError(
+                    f"torch cannot compute a product of {type(self).__name__} for this model and "
+                    f"loss: {error}. A layer or loss without a second derivative, or an operation "
+                    "in place, must be replaced (checkpoints need use_reentrant=False)"
+                ) from error
 
     def _reverse_product(self, batch: Batch, tensors: Stack) -> Stack:
         num_rows = len(next(iter(tensors.values())))
@@ -107,10 +132,7 @@ class ModelBatchOperation(BatchOperation):
 
     def _forward_product(self, batch: Batch, tensors: Stack) -> Stack:
         try:
-            with warnings.catch_warnings():
-                # Torch compiles its own forward derivatives with what it deprecates itself.
-                warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-                return self._linearize(batch, forward_mode=True)(tensors)
+            return self._linearize(batch, forward_mode=True)(tensors)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -119,10 +141,43 @@ class ModelBatchOperation(BatchOperation):
             ) from error
 
     def check(self, batch: Batch) -> None:
-        """The check of `Objective.check`, and forward against reverse mode for ``"rev-fwd"``."""
+        """The check of `Objective.check`, symmetry once, and forward against reverse mode.
+
+        A layer whose backward cannot be differentiated (``once_differentiable``, a ``detach`` or
+        numpy inside a custom function) makes the product asymmetric without any error from torch.
+        """
         self.objective.check(batch)
-        if self.mode == "rev-fwd" and self.space.device.type != "meta":
+        if self.space.device.type == "meta":
+            return
+        if not self._symmetry_is_checked:
+            self._check_symmetry(batch)
+            self._symmetry_is_checked = True
+        if self.mode == "rev-fwd":
             self._check_forward_mode(batch)
+
+    def _probes(self, batch: Batch, count: int) -> Tensor:
+        """Random vectors ``(count, P)`` that depend on the place of the batch only."""
+        generator = torch.Generator(device="cpu").manual_seed(batch.position)
+        rows = torch.randn(count, self.space.size, generator=generator, device="cpu")
+        return rows.to(self.space.device, self.space.dtype)
+
+    def _check_symmetry(self, batch: Batch) -> None:
+        """Compares ⟨u, Av⟩ with ⟨v, Au⟩ for two random vectors."""
+        probes = self._probes(batch, 2)
+        with self._differentiating():
+            products = self._reverse_product(batch, self.space.unflatten(probes))
+        u, v = probes.double()
+        au, av = self.space.flatten(products).double()
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(self.space.dtype, 0.3)
+        # For normal u the form ⟨u, Av⟩ is of the size of ‖Av‖.
+        difference, scale = (u.dot(av) - v.dot(au)).abs(), au.norm() + av.norm()
+        if difference > tolerance * scale:
+            raise ModelError(
+                f"batch {batch.position}: the products of {type(self).__name__} are not symmetric "
+                f"(by {difference / scale:.1e} relative), so that second derivatives of this model "
+                "or loss are wrong: a custom autograd.Function whose backward is not "
+                "differentiable? Write the layer in torch operations"
+            )
 
     def _check_forward_mode(self, batch: Batch) -> None:
         r"""Compares J v in both modes for one random v.
@@ -130,10 +185,8 @@ class ModelBatchOperation(BatchOperation):
         Stronger than the adjoint identity ⟨u, Jv⟩ = ⟨Jᵀu, v⟩ for one u: reverse mode gives the
         product itself.
         """
-        generator = torch.Generator(device="cpu").manual_seed(batch.position)
-        row = torch.randn(1, self.space.size, generator=generator, device="cpu")
-        probe = self.space.unflatten(row.to(self.space.device, self.space.dtype))
-        with self.objective.kernels():
+        probe = self.space.unflatten(self._probes(batch, 1))
+        with self._differentiating():
             forward = self.space.flatten(self._forward_product(batch, probe))
             reverse = self.space.flatten(self._reverse_product(batch, probe))
         tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(self.space.dtype, 5e-2)
@@ -152,6 +205,7 @@ class ModelBatchOperation(BatchOperation):
     def refresh(self) -> Self:
         """Takes a new copy of the model as it is now, in place; returns itself."""
         self.objective.refresh()
+        self._symmetry_is_checked = self.symmetric_by_construction
         return self
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from hessops.errors import ArgumentTypeError, DeviceError
+from hessops.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 from hessops.functional.products import Stack
 from hessops.isolation import isolated
 from hessops.space import ParameterSpace
@@ -86,8 +86,8 @@ class BatchOperation(ABC):
             DataError: `batch` is not a batch.
         """
         space = self.space
-        rows = checked_rows(tensor, space.size, space.dtype, space.device)
         with isolated(space.device):
+            rows = checked_rows(tensor, space.size, space.dtype, space.device)
             moved = Batch.from_raw(batch).to(space.device)
             self.check(moved)
             result = self.apply_rows(moved, rows)
@@ -103,8 +103,18 @@ class BatchOperation(ABC):
         """Products with the rows ``(k, P)`` of a validated stack on the right device."""
         if len(rows) == 0 or batch.size == 0:
             return torch.zeros_like(rows)
-        products = self._apply_stack(batch, self.space.unflatten(rows))
-        return self.space.flatten(products)
+        version = rows._version
+        products = self.space.flatten(self._apply_stack(batch, self.space.unflatten(rows)))
+        if rows._version != version:
+            raise ArgumentError(
+                f"{type(self).__name__}._apply_stack writes to its argument; return new tensors"
+            )
+        if products.shape != rows.shape:
+            raise ShapeError(
+                f"{type(self).__name__}._apply_stack maps {len(rows)} vectors to "
+                f"{tuple(products.shape)}, expected {tuple(rows.shape)}"
+            )
+        return products
 
     def to(self, device: torch.device | str) -> Self:
         """The same operation on another device."""

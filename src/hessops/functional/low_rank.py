@@ -11,7 +11,7 @@ from torch import Tensor
 from hessops.errors import ArgumentTypeError, DeviceError, DtypeError, NonFiniteError, ShapeError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankProductRepresentation:
     r"""The matrix :math:`V D V^\top` of rank at most r.
 
@@ -95,14 +95,14 @@ class LowRankProductRepresentation:
 
     def is_orthonormal(self) -> bool:
         """Whether VᵀV is the identity to working precision."""
-        rank, size = self.rank, len(self.projections)
+        rank = self.rank
         if self.projections.is_meta:
             return True
         gram = self.projections.T @ self.projections
         identity = torch.eye(rank, dtype=self.dtype, device=self.device)
-        # Orthonormalising in the same dtype leaves errors of about eps per entry; a Gram entry
-        # sums P products.
-        tolerance = 20 * torch.finfo(self.dtype).eps * max(size, 10) ** 0.5
+        # What orthonormalising in the same dtype leaves. It must not grow with P: Woodbury's
+        # identity magnifies the error by D/λ.
+        tolerance = 20 * torch.finfo(self.dtype).eps * max(rank, 1) ** 0.5
         return rank == 0 or bool((gram - identity).abs().max() <= tolerance)
 
     def orthonormalized(self) -> Self:

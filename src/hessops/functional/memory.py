@@ -26,10 +26,16 @@ class RetainedBytes:
         with saved_tensors_hooks(self._pack, _unpack):
             yield
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         self._storages[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor, tensor._version
 
 
-def _unpack(tensor: Tensor) -> Tensor:
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    """The tensor, unless it was written to since: hooks switch torch's own guard off."""
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError(
+            "a tensor that is needed for the gradient was modified by an in-place operation"
+        )
     return tensor

@@ -44,7 +44,8 @@ def as_linear_operator(operator: AppliesToRows) -> LinearOperator[Any]:
     """A `scipy.sparse.linalg.LinearOperator` of the operator's own dtype.
 
     ``matvec`` and ``matmat`` take one pass over the data each, and copy vectors between numpy and
-    the operator's device. ``rmatvec`` and ``rmatmat`` use the adjoint.
+    the operator's device. ``rmatvec`` and ``rmatmat`` use the adjoint. Real arrays are converted to
+    the operator's dtype, in which all products are computed; complex ones are applied to by parts.
 
     Raises:
         DtypeError: bfloat16, which numpy does not have.
@@ -54,8 +55,11 @@ def as_linear_operator(operator: AppliesToRows) -> LinearOperator[Any]:
         raise DtypeError(f"numpy has no {dtype}; convert the model to float32 or float64")
 
     def columns(apply_from: AppliesToRows, array: NDArray[Any]) -> NDArray[Any]:
+        if np.iscomplexobj(array):
+            # The operator is real, so that it acts on both parts alone.
+            return columns(apply_from, array.real) + 1j * columns(apply_from, array.imag)
         flat = array.reshape(operator.input_size, -1)
-        rows = torch.from_numpy(np.ascontiguousarray(flat.T)).to(dtype)
+        rows = torch.from_numpy(flat.T.astype(_NUMPY_DTYPES[dtype]))
         return apply_from.apply(rows).cpu().numpy().T.reshape(array.shape)
 
     def matvec(array: NDArray[Any]) -> NDArray[Any]:

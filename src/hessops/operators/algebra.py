@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hessops.errors import DeviceError, DtypeError, ShapeError, SingularOperatorError
-from hessops.operators.base import TensorOperator
+from hessops.operators.base import TensorOperator, no_adjoint
+from hessops.operators.diagonal import BlockDiagonalOperator
 from hessops.operators.inverse import ClosedFormInverse, InverseOperator
 from hessops.space import ParameterSpace
 
@@ -33,10 +34,10 @@ class SumOperator(TensorOperator):
         )
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
-        return _summed([term._apply_rows(rows) for term in self.terms])
+        return _summed([term._product(rows) for term in self.terms])
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
-        return _summed([_adjoint(term, rows) for term in self.terms])
+        return _summed([term._adjoint_product(rows) for term in self.terms])
 
     def _move(self, device: torch.device) -> TensorOperator:
         return SumOperator([term.to(device) for term in self.terms])
@@ -48,7 +49,9 @@ class SumOperator(TensorOperator):
 class ScaledOperator(TensorOperator):
     """c·A."""
 
-    def __init__(self, operator: TensorOperator, factor: float) -> None:
+    def __init__(
+        self, operator: TensorOperator, factor: float, *, space: ParameterSpace | None = None
+    ) -> None:
         self.operator = operator
         self.factor = factor
         super().__init__(
@@ -57,14 +60,14 @@ class ScaledOperator(TensorOperator):
             operator.device,
             symmetric=True if factor == 0 else operator.symmetric,
             positive_semidefinite=_scaled_definiteness(operator.positive_semidefinite, factor),
-            space=operator.space,
+            space=space or operator.space,
         )
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
-        return self.operator._apply_rows(rows) * self.factor
+        return self.operator._product(rows) * self.factor
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
-        return _adjoint(self.operator, rows) * self.factor
+        return self.operator._adjoint_product(rows) * self.factor
 
     def _identity_factor(self) -> float | None:
         inner = self.operator._identity_factor()
@@ -78,7 +81,7 @@ class ScaledOperator(TensorOperator):
         return None if inner is None else inner / self.factor
 
     def _move(self, device: torch.device) -> TensorOperator:
-        return ScaledOperator(self.operator.to(device), self.factor)
+        return ScaledOperator(self.operator.to(device), self.factor, space=_moved(self, device))
 
     def _children(self) -> Sequence[TensorOperator]:
         return (self.operator,)
@@ -90,7 +93,9 @@ class ScaledOperator(TensorOperator):
 class ShiftedOperator(TensorOperator):
     """A + shift·I."""
 
-    def __init__(self, operator: TensorOperator, shift_value: float) -> None:
+    def __init__(
+        self, operator: TensorOperator, shift_value: float, *, space: ParameterSpace | None = None
+    ) -> None:
         self.operator = operator
         self.shift_value = shift_value
         definite = operator.positive_semidefinite and shift_value >= 0
@@ -100,14 +105,14 @@ class ShiftedOperator(TensorOperator):
             operator.device,
             symmetric=operator.symmetric,
             positive_semidefinite=True if definite else None,
-            space=operator.space,
+            space=space or operator.space,
         )
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
-        return self.operator._apply_rows(rows) + self.shift_value * rows
+        return self.operator._product(rows) + self.shift_value * rows
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
-        return _adjoint(self.operator, rows) + self.shift_value * rows
+        return self.operator._adjoint_product(rows) + self.shift_value * rows
 
     def _identity_factor(self) -> float | None:
         inner = self.operator._identity_factor()
@@ -117,7 +122,9 @@ class ShiftedOperator(TensorOperator):
         return self.operator._closed_form_inverse(self.shift_value + shift)
 
     def _move(self, device: torch.device) -> TensorOperator:
-        return ShiftedOperator(self.operator.to(device), self.shift_value)
+        return ShiftedOperator(
+            self.operator.to(device), self.shift_value, space=_moved(self, device)
+        )
 
     def _children(self) -> Sequence[TensorOperator]:
         return (self.operator,)
@@ -144,10 +151,10 @@ class ComposedOperator(TensorOperator):
         )
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
-        return self.left._apply_rows(self.right._apply_rows(rows))
+        return self.left._product(self.right._product(rows))
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
-        return _adjoint(self.right, _adjoint(self.left, rows))
+        return self.right._adjoint_product(self.left._adjoint_product(rows))
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         if shift != 0:
@@ -178,10 +185,10 @@ class TransposedOperator(TensorOperator):
         )
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
-        return _adjoint(self.operator, rows)
+        return self.operator._adjoint_product(rows)
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
-        return self.operator._apply_rows(rows)
+        return self.operator._product(rows)
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         inverse = self.operator._closed_form_inverse(shift)
@@ -202,7 +209,7 @@ class _Combinations:
         for operator, other in ((left, right), (right, left)):
             factor = other._identity_factor()
             if factor is not None:
-                return self.shifted(operator, factor)
+                return self.shifted(operator, factor, other.space)
         terms = [
             term
             for operator in (left, right)
@@ -210,23 +217,33 @@ class _Combinations:
         ]
         return SumOperator(terms)
 
-    def scaled(self, operator: TensorOperator, factor: float) -> TensorOperator:
+    def scaled(
+        self, operator: TensorOperator, factor: float, space: ParameterSpace | None = None
+    ) -> TensorOperator:
+        space = operator.space or space
         if isinstance(operator, ScaledOperator):
-            return self.scaled(operator.operator, factor * operator.factor)
-        return operator if factor == 1 else ScaledOperator(operator, factor)
+            return self.scaled(operator.operator, factor * operator.factor, space)
+        if factor == 1 and operator.space == space:
+            return operator
+        return ScaledOperator(operator, factor, space=space)
 
     def composed(self, left: TensorOperator, right: TensorOperator) -> TensorOperator:
         _require_compatible(left, right, "@")
         for operator, other in ((left, right), (right, left)):
             factor = other._identity_factor()
             if factor is not None:
-                return self.scaled(operator, factor)
+                return self.scaled(operator, factor, other.space)
         return ComposedOperator(left, right)
 
-    def shifted(self, operator: TensorOperator, shift: float) -> TensorOperator:
+    def shifted(
+        self, operator: TensorOperator, shift: float, space: ParameterSpace | None = None
+    ) -> TensorOperator:
+        space = operator.space or space
         if isinstance(operator, ShiftedOperator):
-            return self.shifted(operator.operator, operator.shift_value + shift)
-        return operator if shift == 0 else ShiftedOperator(operator, shift)
+            return self.shifted(operator.operator, operator.shift_value + shift, space)
+        if shift == 0 and operator.space == space:
+            return operator
+        return ShiftedOperator(operator, shift, space=space)
 
     def transposed(self, operator: TensorOperator) -> TensorOperator:
         if isinstance(operator, TransposedOperator):
@@ -236,12 +253,25 @@ class _Combinations:
         return TransposedOperator(operator)
 
     def inverted(self, operator: TensorOperator, closed_form: TensorOperator) -> TensorOperator:
-        if isinstance(closed_form, InverseOperator) or isinstance(operator, InverseOperator):
+        if isinstance(operator, InverseOperator):
+            return closed_form
+        # A shift of the operator is no regularization of the inverse, which can be replaced.
+        if isinstance(closed_form, InverseOperator) and not closed_form.regularization:
             return closed_form
         return ClosedFormInverse(operator, closed_form)
 
 
 TensorOperator._algebra = _Combinations()
+
+# Their adjoints are made of those of their parts.
+_COMPOSITES = (
+    SumOperator,
+    ScaledOperator,
+    ShiftedOperator,
+    ComposedOperator,
+    TransposedOperator,
+    BlockDiagonalOperator,
+)
 
 
 def _summed(values: Sequence[Tensor]) -> Tensor:
@@ -251,18 +281,15 @@ def _summed(values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _adjoint(operator: TensorOperator, rows: Tensor) -> Tensor:
-    return operator._apply_rows(rows) if operator.symmetric else operator._apply_rows_adjoint(rows)
-
-
 def _require_adjoint(operator: TensorOperator) -> None:
-    """Raises what the hook raises where an operator, or a part it is made of, has no adjoint."""
+    """Raises `StructureError` where an operator, or a part that its adjoint needs, has none."""
     if operator.symmetric:
         return
     if type(operator)._apply_rows_adjoint is TensorOperator._apply_rows_adjoint:
-        operator._apply_rows_adjoint(torch.empty(0, operator.input_size))
-    for child in operator._children():
-        _require_adjoint(child)
+        raise no_adjoint(operator)
+    if isinstance(operator, _COMPOSITES):
+        for child in operator._children():
+            _require_adjoint(child)
 
 
 def _scaled_definiteness(definite: bool | None, factor: float) -> bool | None:
@@ -286,6 +313,10 @@ def _require_compatible(left: TensorOperator, right: TensorOperator, symbol: str
             f"{names}: the operators act on different parameters, {left.space!r} and "
             f"{right.space!r}"
         )
+
+
+def _moved(operator: TensorOperator, device: torch.device) -> ParameterSpace | None:
+    return operator.space.to(device) if operator.space else None
 
 
 def _common_space(operators: Sequence[TensorOperator]) -> ParameterSpace | None:

@@ -122,10 +122,7 @@ class TensorOperator(ABC):
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
         """The hook for Aᵀ."""
-        raise StructureError(
-            f"{type(self).__name__} is not known to be symmetric and defines no adjoint "
-            "(_apply_rows_adjoint), so that it has no transpose"
-        )
+        raise no_adjoint(self)
 
     def _move(self, device: torch.device) -> TensorOperator:
         """The hook for `to`: the same operator on another device."""
@@ -203,20 +200,41 @@ class TensorOperator(ABC):
             NonFiniteError: NaN or infinity in `tensor`, or in the product
                 (`NonFiniteProductError`).
         """
-        rows = checked_rows(tensor, self.input_size, self.dtype, self.device)
         with isolated(self.device):
-            result = self._apply_rows(rows) if len(rows) else torch.zeros_like(rows)
-        if result.shape != rows.shape or result.dtype != rows.dtype:
-            raise ShapeError(
-                f"{type(self).__name__} maps rows of shape {tuple(rows.shape)} and {rows.dtype} to "
-                f"{tuple(result.shape)} and {result.dtype}: its hook does not keep the contract"
-            )
+            rows = checked_rows(tensor, self.input_size, self.dtype, self.device)
+            result = self._product(rows)
         if not result.is_meta and not result.isfinite().all():
             raise NonFiniteProductError(
                 f"{type(self).__name__}: the product is NaN or infinite for finite vectors; check "
                 f"the scale of parameters and data, or use a wider dtype than {self.dtype}"
             )
         return result if tensor.ndim == 2 else result[0]
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """Products with validated rows ``(k, n)``, for operators that are built on this one.
+
+        Raises:
+            ShapeError: The hook maps them to another shape or dtype.
+            ArgumentError: The hook writes to its argument.
+        """
+        if len(rows) == 0:
+            return torch.zeros_like(rows)
+        version = rows._version
+        result = self._apply_rows(rows).detach()
+        if result.shape != rows.shape or result.dtype != rows.dtype:
+            raise ShapeError(
+                f"{type(self).__name__} maps rows of shape {tuple(rows.shape)} and {rows.dtype} to "
+                f"{tuple(result.shape)} and {result.dtype}: its hook does not keep the contract"
+            )
+        if rows._version != version:
+            raise ArgumentError(
+                f"the hook of {type(self).__name__} writes to its argument; return a new tensor"
+            )
+        return result
+
+    def _adjoint_product(self, rows: Tensor) -> Tensor:
+        """Products of validated rows with Aᵀ."""
+        return self._product(rows) if self.symmetric else self._apply_rows_adjoint(rows)
 
     def apply_to_dict(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A times a dictionary ``{name: shape}``, or a stack ``{name: (k, *shape)}``.
@@ -376,7 +394,7 @@ class TensorOperator(ABC):
         for start in range(0, size, chunk):
             stop = min(start + chunk, size)
             rows = torch.zeros(stop - start, size, dtype=self.dtype, device=self.device)
-            rows[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            rows.diagonal(start).fill_(1)
             columns[start:stop] = self.apply(rows)
         return columns.T.contiguous()
 
@@ -403,12 +421,20 @@ class TensorOperator(ABC):
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [f"{self._label()} [{self.input_size} x {self.input_size}, {dtype}, {self.device}]"]
         children = self._children()
-        for child in children:
-            is_last = child is children[-1]
+        for position, child in enumerate(children, start=1):
+            is_last = position == len(children)
             first, *rest = child._tree()
             lines.append(("└─ " if is_last else "├─ ") + first)
             lines += [("   " if is_last else "│  ") + line for line in rest]
         return lines
+
+
+def no_adjoint(operator: TensorOperator) -> StructureError:
+    """The error for an operator without a transpose."""
+    return StructureError(
+        f"{type(operator).__name__} is not known to be symmetric and defines no adjoint "
+        "(_apply_rows_adjoint), so that it has no transpose"
+    )
 
 
 class TensorDictOperator(TensorOperator):

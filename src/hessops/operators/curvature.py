@@ -92,7 +92,12 @@ class BatchOperator(TensorDictOperator):
         self.batch_operation = batch_operation
         self.averaging = averaging
         self.stream = BatchStream(
-            dataloader, device=self.device, unpack=unpack, cache=cache, progress=progress
+            dataloader,
+            device=self.device,
+            unpack=unpack,
+            cache=cache,
+            progress=progress,
+            same_batches=averaging.depends_on_batches,
         )
         self._is_checked = False
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from hessops.errors import DtypeError, ShapeError, SingularOperatorError
 from hessops.operators.base import TensorOperator
-from hessops.operators.diagonal import checked_floating
-from hessops.operators.inverse import InverseOperator, direct_solution
-from hessops.operators.solution import Solution
+from hessops.operators.diagonal import require_space
+from hessops.operators.inverse import DirectInverse
 from hessops.space import ParameterSpace
-from hessops.validation import checked_number
+from hessops.validation import checked_floating, checked_number
 
 
 class MatrixOperator(TensorOperator):
@@ -64,12 +63,13 @@ class MatrixOperator(TensorOperator):
         )
 
     @classmethod
-    def around(cls, matrix: Tensor) -> Self:
+    def around(cls, matrix: Tensor, space: ParameterSpace | None = None) -> Self:
         """An operator that shares the caller's matrix instead of copying it."""
         operator = cls(matrix.new_ones(1, 1))
         operator.matrix = matrix.detach()
         operator._input_size = len(matrix)
         operator._symmetric = _is_symmetric(matrix)
+        operator._space = space
         return operator
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
@@ -79,10 +79,13 @@ class MatrixOperator(TensorOperator):
         return rows @ self.matrix
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator:
-        if shift >= 0:
-            return DirectSolveOperator(self.matrix, shift, space=self.space)
-        identity = torch.eye(self.input_size, dtype=self.dtype, device=self.device)
-        return DirectSolveOperator(self.matrix + shift * identity, space=self.space)
+        shifted = self.matrix.clone()
+        shifted.diagonal().add_(shift)
+        inverse = DirectSolveOperator(shifted, space=self.space)
+        # The shift may have made it indefinite or definite; without one, what is known stays.
+        if shift == 0:
+            inverse._positive_semidefinite = self.positive_semidefinite
+        return inverse
 
     def _move(self, device: torch.device) -> Self:
         moved = copy.copy(self)
@@ -92,7 +95,7 @@ class MatrixOperator(TensorOperator):
         return moved
 
 
-class DirectSolveOperator(InverseOperator):
+class DirectSolveOperator(DirectInverse):
     r"""The inverse :math:`(A + \lambda I)^{-1}` of an explicit matrix, factorised once.
 
     By Cholesky where the matrix is symmetric positive definite, by LU otherwise. Matrices that are
@@ -138,7 +141,7 @@ class DirectSolveOperator(InverseOperator):
             raise DtypeError(f"matrix must be float32 or float64, got {matrix.dtype}")
         shift = checked_number(regularization or 0.0, "regularization", minimum=0)
         if in_place_regularization:
-            operator = self._factorize_in_place(matrix.detach(), shift)
+            operator = self._factorize_in_place(matrix.detach(), shift, space)
         else:
             operator = MatrixOperator(matrix, space=space)
             damped = operator.matrix.clone()
@@ -147,7 +150,9 @@ class DirectSolveOperator(InverseOperator):
         super().__init__(operator, regularization)
         self._space = space
 
-    def _factorize_in_place(self, matrix: Tensor, shift: float) -> TensorOperator:
+    def _factorize_in_place(
+        self, matrix: Tensor, shift: float, space: ParameterSpace | None
+    ) -> TensorOperator:
         diagonal = matrix.diagonal().clone()
         matrix.diagonal().add_(shift)
         try:
@@ -155,16 +160,13 @@ class DirectSolveOperator(InverseOperator):
         except BaseException:
             matrix.diagonal().copy_(diagonal)
             raise
-        return MatrixOperator.around(matrix).shift(-shift)
+        return MatrixOperator.around(matrix, space).shift(-shift)
 
-    def _apply_rows(self, rows: Tensor) -> Tensor:
+    def _inverse_rows(self, rows: Tensor) -> Tensor:
         return self._factors.solve(rows)
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
         return self._factors.solve(rows, adjoint=True)
-
-    def _solve_rows(self, rhs: Tensor) -> Solution:
-        return direct_solution(self.system, rhs, self._factors.solve(rhs))
 
     def with_regularization(self, regularization: float | None) -> DirectSolveOperator:
         """A new factorisation with λ replaced."""
@@ -236,13 +238,17 @@ def _checked_square(matrix: Tensor, space: ParameterSpace | None) -> None:
     checked_floating(matrix, "matrix", ndim=2)
     if matrix.shape[0] != matrix.shape[1] or len(matrix) == 0:
         raise ShapeError(f"matrix must be square and not empty, got shape {tuple(matrix.shape)}")
-    if space is not None and space.size != len(matrix):
-        raise ShapeError(f"matrix has {len(matrix)} rows, space has size {space.size}")
+    if space is not None:
+        require_space(space, matrix, "matrix")
 
 
 def _is_symmetric(matrix: Tensor) -> bool | None:
-    """Whether a matrix is symmetric up to the rounding of a product that computed it."""
+    """Whether a matrix is symmetric up to the rounding of a product that computed it.
+
+    Entry by entry, by the scale of its row and column: one large entry does not excuse the others.
+    """
     if matrix.is_meta:
         return None
-    tolerance = 10 * torch.finfo(matrix.dtype).eps * len(matrix) ** 0.5 * matrix.abs().max()
-    return bool((matrix - matrix.T).abs().max() <= tolerance)
+    scales = matrix.abs().amax(dim=1).sqrt()
+    tolerance = 10 * torch.finfo(matrix.dtype).eps * len(matrix) ** 0.5
+    return bool(((matrix - matrix.T).abs() <= tolerance * torch.outer(scales, scales)).all())

@@ -15,13 +15,13 @@ from hessops.errors import (
     ArgumentTypeError,
     DeviceError,
     DtypeError,
-    NonFiniteError,
     ParameterNameError,
     ShapeError,
     SingularOperatorError,
 )
 from hessops.operators.base import TensorOperator
 from hessops.space import ParameterSpace
+from hessops.validation import checked_floating
 
 _RowMap = Callable[[Tensor], Tensor]
 
@@ -100,8 +100,8 @@ class DiagonalOperator(TensorOperator):
 
     def __init__(self, diagonal: Tensor, *, space: ParameterSpace | None = None) -> None:
         checked_floating(diagonal, "diagonal", ndim=1)
-        if space is not None and space.size != len(diagonal):
-            raise ShapeError(f"diagonal has {len(diagonal)} entries, space has size {space.size}")
+        if space is not None:
+            require_space(space, diagonal, "diagonal")
         self.diagonal = diagonal.detach().clone()
         super().__init__(
             len(diagonal),
@@ -183,12 +183,10 @@ class BlockDiagonalOperator(TensorOperator):
         )
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
-        return self._blockwise(rows, [block._apply_rows for block in self.blocks])
+        return self._blockwise(rows, [block._product for block in self.blocks])
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
-        return self._blockwise(
-            rows, [b._apply_rows if b.symmetric else b._apply_rows_adjoint for b in self.blocks]
-        )
+        return self._blockwise(rows, [block._adjoint_product for block in self.blocks])
 
     def _blockwise(self, rows: Tensor, maps: Sequence[_RowMap]) -> Tensor:
         result = torch.zeros_like(rows)
@@ -222,21 +220,18 @@ def all_known(flags: Sequence[bool | None]) -> bool | None:
     return True if all(flags) else None
 
 
-def checked_floating(tensor: object, name: str, *, ndim: int) -> Tensor:
-    """A finite, real floating-point tensor with `ndim` dimensions.
+def require_space(space: ParameterSpace, tensor: Tensor, name: str) -> None:
+    """Raises where a tensor with n rows cannot stand for the parameters of a space.
 
     Raises:
-        ArgumentTypeError, ShapeError, DtypeError, NonFiniteError: As their names say.
+        ShapeError, DtypeError, DeviceError: As their names say.
     """
-    if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.ndim != ndim:
-        raise ShapeError(f"{name} must have {ndim} dimension(s), got shape {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise DtypeError(f"{name} must be real floating point, got {tensor.dtype}")
-    if not tensor.is_meta and not tensor.isfinite().all():
-        raise NonFiniteError(f"{name} holds NaN or infinite values")
-    return tensor
+    if space.size != len(tensor):
+        raise ShapeError(f"{name} has {len(tensor)} rows, space has size {space.size}")
+    if space.dtype != tensor.dtype:
+        raise DtypeError(f"{name} is {tensor.dtype}, space {space.dtype}")
+    if space.device != tensor.device:
+        raise DeviceError(f"{name} is on {tensor.device}, space on {space.device}")
 
 
 def _checked_blocks(blocks: Sequence[TensorOperator]) -> TensorOperator:

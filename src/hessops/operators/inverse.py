@@ -169,10 +169,50 @@ class InverseOperator(TensorOperator):
         return f"{type(self).__name__}(regularization={self.regularization:g})"
 
 
-class ClosedFormInverse(InverseOperator):
-    """The inverse of an operator, by another operator that is known to be it.
+class DirectInverse(InverseOperator):
+    """An inverse that is computed without iterations.
 
-    `A.inverse()` returns one for diagonal, block-diagonal, scaled and composed operators.
+    A subclass defines ``_inverse_rows(rows)``. `solve` and `apply` measure the true residual: where
+    it is above the tolerance that the dtype allows, the outcome is *stagnated*.
+    """
+
+    @abstractmethod
+    def _inverse_rows(self, rows: Tensor) -> Tensor:
+        """The hook: (A + λI)⁻¹ times the rows of a stack."""
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return self._inverse_rows(rows) if rows.is_meta else super()._apply_rows(rows)
+
+    def _solve_rows(self, rhs: Tensor) -> Solution:
+        return self._measured(rhs, self._inverse_rows(rhs))
+
+    def _measured(self, rhs: Tensor, value: Tensor) -> Solution:
+        """The solution with its true residuals."""
+        residuals = (rhs - self.system._product(value)).norm(dim=1)
+        norms = rhs.norm(dim=1)
+        tolerances = default_rtol(rhs.dtype) * norms
+        finite = value.isfinite().all(dim=1) & residuals.isfinite()
+        met = (residuals <= tolerances).tolist()
+        status = tuple(
+            SolveStatus.NON_FINITE
+            if not is_finite
+            else (SolveStatus.CONVERGED if is_met else SolveStatus.STAGNATED)
+            for is_finite, is_met in zip(finite.tolist(), met, strict=True)
+        )
+        return Solution(
+            value=torch.where(finite.unsqueeze(1), value, 0.0),
+            status=status,
+            iterations=torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device),
+            residual_norms=torch.where(finite, residuals, norms),
+            rhs_norms=norms,
+            tolerances=tolerances,
+            num_applications=1,
+            smallest_curvatures=torch.full_like(norms, torch.inf),
+        )
+
+
+class ClosedFormInverse(DirectInverse):
+    """The inverse of an operator, by another operator that is known to be it.
 
     Args:
         operator: A.
@@ -189,14 +229,11 @@ class ClosedFormInverse(InverseOperator):
         super().__init__(operator, regularization)
         self.inverse_map = inverse_map
 
-    def _apply_rows(self, rows: Tensor) -> Tensor:
-        return self.inverse_map._apply_rows(rows)
+    def _inverse_rows(self, rows: Tensor) -> Tensor:
+        return self.inverse_map._product(rows)
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
-        return self.inverse_map._apply_rows_adjoint(rows)
-
-    def _solve_rows(self, rhs: Tensor) -> Solution:
-        return direct_solution(self.system, rhs, self.inverse_map._apply_rows(rhs))
+        return self.inverse_map._adjoint_product(rows)
 
     def with_regularization(self, regularization: float | None) -> ClosedFormInverse:
         """The closed-form inverse of A + λI.
@@ -217,31 +254,6 @@ class ClosedFormInverse(InverseOperator):
         moved = super()._move(device)
         moved.inverse_map = self.inverse_map.to(device)
         return moved
-
-
-def direct_solution(system: TensorOperator, rhs: Tensor, value: Tensor) -> Solution:
-    """The `Solution` of a direct method: its true residuals, against the dtype's tolerance."""
-    residuals = (rhs - system._apply_rows(value)).norm(dim=1)
-    norms = rhs.norm(dim=1)
-    tolerances = default_rtol(rhs.dtype) * norms
-    finite = value.isfinite().all(dim=1) & residuals.isfinite()
-    met = (residuals <= tolerances).tolist()
-    status = tuple(
-        SolveStatus.NON_FINITE
-        if not is_finite
-        else (SolveStatus.CONVERGED if is_met else SolveStatus.STAGNATED)
-        for is_finite, is_met in zip(finite.tolist(), met, strict=True)
-    )
-    return Solution(
-        value=torch.where(finite.unsqueeze(1), value, 0.0),
-        status=status,
-        iterations=torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device),
-        residual_norms=torch.where(finite, residuals, norms),
-        rhs_norms=norms,
-        tolerances=tolerances,
-        num_applications=1,
-        smallest_curvatures=torch.full_like(norms, torch.inf),
-    )
 
 
 def _empty_solution(rows: Tensor) -> Solution:

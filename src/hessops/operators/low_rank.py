@@ -11,7 +11,7 @@ from torch import Tensor
 from hessops.errors import ArgumentError, ArgumentTypeError, SingularOperatorError
 from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.operators.base import TensorOperator
-from hessops.operators.inverse import InverseOperator, direct_solution
+from hessops.operators.inverse import DirectInverse
 from hessops.operators.solution import Solution
 from hessops.space import ParameterSpace
 from hessops.validation import checked_number
@@ -88,7 +88,7 @@ class LowRankProductOperator(TensorOperator):
         return f"LowRankProductOperator(rank={self.low_rank_representation.rank})"
 
 
-class LowRankOperator(InverseOperator):
+class LowRankOperator(DirectInverse):
     r"""The damped inverse of a matrix of low rank.
 
     With ``exact=True``, for orthonormal V,
@@ -158,7 +158,7 @@ class LowRankOperator(InverseOperator):
         damped = replace(self.low_rank_representation, eigen_vals=self._damped)
         return LowRankProductOperator(damped, space=self.space)
 
-    def _apply_rows(self, rows: Tensor) -> Tensor:
+    def _inverse_rows(self, rows: Tensor) -> Tensor:
         inside = self._coordinates(rows)
         result = (inside / self._damped) @ self._basis.T
         if self.exact:
@@ -167,7 +167,7 @@ class LowRankOperator(InverseOperator):
 
     def _solve_rows(self, rhs: Tensor) -> Solution:
         target = rhs if self.exact else self._coordinates(rhs) @ self._basis.T
-        return direct_solution(self.system, target, self._apply_rows(rhs))
+        return self._measured(target, self._inverse_rows(rhs))
 
     @property
     def _basis(self) -> Tensor:
@@ -217,13 +217,13 @@ def _damped_eigenvalues(representation: LowRankProductRepresentation, shift: flo
     damped = representation.eigen_vals + shift
     if damped.is_meta or len(damped) == 0:
         return damped
-    scale = max(representation.eigen_vals.abs().max().item(), abs(shift))
-    threshold = torch.finfo(damped.dtype).eps * scale
-    smallest = damped.abs().min().item()
-    if smallest <= threshold:
+    sizes = representation.eigen_vals.abs()
+    # Against rounding in the sum D + shift; without a shift, against that in the eigenvalues.
+    scales = sizes.clamp(min=abs(shift)) if shift else sizes.max().expand_as(sizes)
+    if bool((damped.abs() <= torch.finfo(damped.dtype).eps * scales).any()):
         raise SingularOperatorError(
             f"D + regularization is singular to {damped.dtype} precision (smallest entry "
-            f"{smallest:.1e}, largest {scale:.1e}); use a larger regularization, or leave those "
-            "eigenvalues out"
+            f"{damped.abs().min().item():.1e}, largest {damped.abs().max().item():.1e}); use a "
+            "larger regularization, or leave those eigenvalues out"
         )
     return damped

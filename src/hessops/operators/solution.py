@@ -41,7 +41,7 @@ _ADVICE = {
     ),
     SolveStatus.BREAKDOWN: (
         "A direction of zero curvature was met before the tolerance: the operator is singular and "
-        "the right-hand side is outside its range; use a positive regularization."
+        "the right-hand side is outside its range; use a larger regularization."
     ),
     SolveStatus.NON_FINITE: (
         "A product with the operator was NaN or infinite: check the scale of the data, and use a "
@@ -50,14 +50,15 @@ _ADVICE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """The solution of A X = B, by right-hand side.
 
     Attributes:
         value: X, of the shape of the right-hand side: ``(n,)`` or ``(k, n)``. Where a solve did not
-            converge it is the best iterate whose true residual is known, zero at worst; always
-            finite.
+            converge it is the iterate with the smallest true residual measured; zero, whose
+            residual is the right-hand side, where that is smaller still and the iterations did not
+            just run out. Always finite.
         status: One `SolveStatus` per right-hand side (one for a 1-D right-hand side).
         iterations: Steps taken, ``(k,)`` int64; zero for direct methods.
         residual_norms: True residual norms ‖b − Ax‖ of `value`, ``(k,)``.

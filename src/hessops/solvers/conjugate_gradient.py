@@ -19,8 +19,13 @@ from hessops.validation import checked_count, checked_number
 CANDIDATE_FACTOR = 0.9
 # A curvature below -100 eps ‖A‖‖p‖² is negative beyond the rounding of the product.
 CURVATURE_NOISE = 100
-# After a restart on the true residual, the next verified one must have fallen to this fraction.
-PROGRESS_FACTOR = 0.5
+# The true residual is measured at least this often, so that a drift is seen, and a good iterate is
+# kept, long before the recurrence meets a tolerance that the precision does not allow.
+CHECK_FACTOR = 0.01
+# A true residual above twice that of the recurrence ends the trust in the recurrence.
+DRIFT_FACTOR = 2
+# A restart must have brought the true residual below this fraction of the best one before.
+PROGRESS_FACTOR = 0.9
 
 
 class CgOperator(InverseOperator):
@@ -33,8 +38,9 @@ class CgOperator(InverseOperator):
     .. math:: \lVert b - (A + \lambda I) x\rVert
               \le \max(\mathrm{rtol}\,\lVert b\rVert, \mathrm{atol})
 
-    on the *true* residual: when the residual of the recurrence meets the tolerance, the next
-    application verifies the iterate, and if it fails the method restarts from the true residual.
+    on the *true* residual: it is measured after each hundredfold reduction of the residual of the
+    recurrence and where that meets the tolerance, by one application for the row in question; when
+    the recurrence has drifted, the method restarts from the true residual.
     Negative curvature, a NaN, and a residual that no longer falls are recognised and reported; see
     `SolveStatus`.
 
@@ -112,7 +118,7 @@ class CgOperator(InverseOperator):
             total=self.maxiter, desc="conjugate gradients", leave=False, disable=not self.progress
         ) as bar:
             while not run.is_finished():
-                run.advance(system._apply_rows(run.vectors()))
+                run.advance(system._product(run.vectors()))
                 if self.progress:
                     bar.set_postfix(worst_residual=f"{run.worst_residual():.1e}")
                     bar.update(int(run.iterations.max()) - bar.n)
@@ -142,14 +148,23 @@ def _refuse_unsuitable(operator: TensorOperator, regularization: float) -> None:
 
 
 def _powers_of_two(rhs: Tensor) -> Tensor:
-    """A power of two near the largest entry of each row, ``(k, 1)``; 1 for a zero row.
+    """The power of two below the largest entry of each row, ``(k, 1)``; 1 for a zero row.
 
     Dividing by it is exact and keeps the squares in norms from underflowing: in float32 the square
     of a gradient of size 1e-25 is zero.
     """
     largest = rhs.abs().amax(dim=1, keepdim=True)
     _, exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))
-    return torch.ldexp(torch.ones_like(largest), exponent)
+    powers = torch.ldexp(torch.ones_like(largest), exponent - 1)
+    return powers.clamp(min=torch.finfo(rhs.dtype).tiny)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norms of rows whose squares may overflow or underflow, ``(k,)``."""
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, 1.0)
+    norms: Tensor = scaled.norm(dim=1) * largest.squeeze(1)
+    return norms
 
 
 class _Phase(IntEnum):
@@ -160,15 +175,9 @@ class _Phase(IntEnum):
     DONE = 2
 
 
-_PENDING = (
-    SolveStatus.CONVERGED,  # none: the tolerance seems met
-    SolveStatus.MAX_ITERATIONS,
-    SolveStatus.INDEFINITE,
-    SolveStatus.BREAKDOWN,
-    SolveStatus.NON_FINITE,
-    SolveStatus.STAGNATED,
-)
-_CODE = {status: code for code, status in enumerate(_PENDING)}
+# Statuses as numbers, so that a tensor can hold one per row; the first stands for "not decided".
+_STATUSES = (None, *SolveStatus)
+_CODE = {status: code for code, status in enumerate(_STATUSES)}
 
 
 class _Run:
@@ -191,16 +200,21 @@ class _Run:
         # Largest ‖Ap‖/‖p‖ met: a lower bound of ‖A‖ for the curvature test.
         self.operator_norms = torch.zeros_like(self.rhs_norms)
         self.smallest_curvatures = torch.full_like(self.rhs_norms, torch.inf)
-        # The zero vector has a known true residual, so that there is always something to return;
-        # the first verified iterate replaces it even where its residual is larger, as residuals of
-        # conjugate gradients may be before the end.
+        # The iterate of the smallest true residual that was measured.
         self.best = torch.zeros_like(rhs)
-        self.best_norms = self.rhs_norms.clone()
-        self.is_verified = torch.zeros(len(rhs), dtype=torch.bool, device=rhs.device)
-        self.verified_norms = torch.full_like(self.rhs_norms, torch.inf)
-        self.status = torch.zeros_like(self.iterations)
+        self.best_norms = torch.full_like(self.rhs_norms, torch.inf)
+        # The residual of the recurrence at which the true one is measured next.
+        self.next_check = self._following_check(self.rhs_norms)
         solved = self.rhs_norms <= tolerances
+        self.status = torch.where(solved, _CODE[SolveStatus.CONVERGED], _CODE[None])
         self.phase = torch.where(solved, int(_Phase.DONE), int(_Phase.STEP))
+
+    def _following_check(self, norms: Tensor) -> Tensor:
+        """Once in a hundredfold reduction, then at the tolerance, then at each halving."""
+        target = CANDIDATE_FACTOR * self.tolerances
+        return torch.where(
+            CHECK_FACTOR * norms > target, CHECK_FACTOR * norms, target.minimum(norms / 2)
+        )
 
     def is_finished(self) -> bool:
         return bool((self.phase == _Phase.DONE).all())
@@ -224,7 +238,7 @@ class _Run:
         curvature = (self.direction * products).sum(dim=1)
         length = self.direction.square().sum(dim=1)
         finite = products.isfinite().all(dim=1)
-        growth = products.norm(dim=1) / length.sqrt()
+        growth = _norms(products) / length.sqrt()
         known = stepping & finite
         self.operator_norms = torch.where(
             known, self.operator_norms.maximum(growth), self.operator_norms
@@ -241,10 +255,8 @@ class _Run:
         self._end(stepping & ~finite, SolveStatus.NON_FINITE)
         self._end(indefinite, SolveStatus.INDEFINITE)
         self._end(flat, SolveStatus.BREAKDOWN)
-        candidate = moving & (self.squared.sqrt() <= CANDIDATE_FACTOR * self.tolerances)
-        exhausted = moving & ~candidate & (self.iterations >= self.maxiter)
-        self._end(exhausted, SolveStatus.MAX_ITERATIONS)
-        self.phase = torch.where(candidate, int(_Phase.VERIFY), self.phase)
+        due = (self.squared.sqrt() <= self.next_check) | (self.iterations >= self.maxiter)
+        self.phase = torch.where(moving & due, int(_Phase.VERIFY), self.phase)
 
     def _move(self, products: Tensor, step: Tensor, moving: Tensor) -> None:
         rows = moving.unsqueeze(1)
@@ -269,28 +281,37 @@ class _Run:
         residual = self.rhs - products
         norms = residual.norm(dim=1)
         finite = norms.isfinite()
-        better = verifying & finite & ((norms < self.best_norms) | ~self.is_verified)
-        self.is_verified = self.is_verified | better
+        before = self.best_norms
+        better = verifying & finite & (norms < before)
         self.best = torch.where(better.unsqueeze(1), self.iterate, self.best)
-        self.best_norms = torch.where(better, norms, self.best_norms)
+        self.best_norms = torch.where(better, norms, before)
         # Negative curvature is a property of the operator: a lucky residual does not undo it.
         undoable = self.status != _CODE[SolveStatus.INDEFINITE]
         met = verifying & undoable & finite & (norms <= self.tolerances)
         self.status = torch.where(met, _CODE[SolveStatus.CONVERGED], self.status)
-        pending = verifying & ~met & (self.status != _CODE[SolveStatus.CONVERGED])
-        failed = verifying & ~met & ~pending
-        broken = failed & ~finite
-        self.status = torch.where(broken, _CODE[SolveStatus.NON_FINITE], self.status)
-        stuck = failed & finite & (norms > PROGRESS_FACTOR * self.verified_norms)
-        self.status = torch.where(stuck, _CODE[SolveStatus.STAGNATED], self.status)
-        restarting = failed & finite & ~stuck
-        self.verified_norms = torch.where(restarting, norms, self.verified_norms)
-        rows = restarting.unsqueeze(1)
-        self.residual = torch.where(rows, residual, self.residual)
-        self.direction = torch.where(rows, residual, self.direction)
-        self.squared = torch.where(restarting, norms.square(), self.squared)
+        going_on = verifying & (self.status == _CODE[None])
+        # The recurrence has drifted from the truth: restart from the truth, as long as that helps.
+        drifted = going_on & ~(norms <= DRIFT_FACTOR * self.squared.sqrt())
+        self._decide(going_on & ~finite, SolveStatus.NON_FINITE)
+        self._decide(drifted & (norms > PROGRESS_FACTOR * before), SolveStatus.STAGNATED)
+        self._decide(going_on & (self.iterations >= self.maxiter), SolveStatus.MAX_ITERATIONS)
+        going_on = going_on & (self.status == _CODE[None])
+        self._restart(residual, norms, going_on & drifted)
+        self.next_check = torch.where(
+            going_on, self._following_check(self.squared.sqrt()), self.next_check
+        )
         self.phase = torch.where(verifying, int(_Phase.DONE), self.phase)
-        self.phase = torch.where(restarting, int(_Phase.STEP), self.phase)
+        self.phase = torch.where(going_on, int(_Phase.STEP), self.phase)
+
+    def _decide(self, rows: Tensor, status: SolveStatus) -> None:
+        """Sets the status of those rows that have none yet."""
+        undecided = rows & (self.status == _CODE[None])
+        self.status = torch.where(undecided, _CODE[status], self.status)
+
+    def _restart(self, residual: Tensor, norms: Tensor, rows: Tensor) -> None:
+        self.residual = torch.where(rows.unsqueeze(1), residual, self.residual)
+        self.direction = torch.where(rows.unsqueeze(1), residual, self.direction)
+        self.squared = torch.where(rows, norms.square(), self.squared)
 
     # --- what came out -------------------------------------------------------------------
 
@@ -301,12 +322,29 @@ class _Run:
         return torch.where(active, relative, 0.0).max().item()
 
     def solution(self, scales: Tensor) -> Solution:
+        """The outcome in the scale of the caller's right-hand sides."""
+        # A truncated solve may be wanted although residuals of conjugate gradients can rise above
+        # that of zero before they fall; what failed otherwise is not better than zero.
+        truncated = self.status == _CODE[SolveStatus.MAX_ITERATIONS]
+        useless = ~(self.best_norms <= self.rhs_norms) & ~(truncated & self.best_norms.isfinite())
+        best = torch.where(useless.unsqueeze(1), 0.0, self.best)
+        norms = torch.where(useless, self.rhs_norms, self.best_norms)
+        value = best * scales
+        # Powers of two scale exactly, unless the result overflows or becomes subnormal.
+        overflown = ~value.isfinite().all(dim=1)
+        inexact = (value / scales != best).any(dim=1) & ~overflown
+        status = torch.where(overflown, _CODE[SolveStatus.NON_FINITE], self.status)
+        status = torch.where(
+            inexact & (status == _CODE[SolveStatus.CONVERGED]),
+            _CODE[SolveStatus.STAGNATED],
+            status,
+        )
         by_row = scales.squeeze(1)
         return Solution(
-            value=self.best * scales,
-            status=tuple(_PENDING[code] for code in self.status.tolist()),
+            value=torch.where(overflown.unsqueeze(1), 0.0, value),
+            status=tuple(_STATUSES[code] or SolveStatus.BREAKDOWN for code in status.tolist()),
             iterations=self.iterations,
-            residual_norms=self.best_norms * by_row,
+            residual_norms=torch.where(overflown | inexact, self.rhs_norms, norms) * by_row,
             rhs_norms=self.rhs_norms * by_row,
             tolerances=self.tolerances * by_row,
             num_applications=self.num_applications,
