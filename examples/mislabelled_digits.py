@@ -333,6 +333,7 @@ def main(num_train: int = 800, seed: int = 0, output: Path = OUTPUT) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # matrices this small only wait for more
     parser = argparse.ArgumentParser(description="Find mislabelled digits.")
     parser.add_argument("--num-train", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
