@@ -22,7 +22,7 @@ from hessops.operators.diagonal import (
     DiagonalOperator,
     IdentityOperator,
 )
-from hessops.operators.inverse import ClosedFormInverse, InverseOperator
+from hessops.operators.inverse import ClosedFormInverse, DirectInverse, InverseOperator
 from hessops.operators.low_rank import LowRankOperator, LowRankProductOperator
 from hessops.operators.solution import Solution, SolveStatus
 
@@ -33,6 +33,7 @@ __all__ = [
     "ComposedOperator",
     "CurvatureOperator",
     "DiagonalOperator",
+    "DirectInverse",
     "DirectSolveOperator",
     "GaussNewtonOperator",
     "GeneralizedGaussNewtonOperator",
