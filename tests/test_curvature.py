@@ -86,6 +86,10 @@ def problem(model_name: str, loss_name: str) -> tuple[nn.Module, nn.Module, Tens
 @cache
 def dense(operator_name: str, model_name: str, loss_name: str) -> Tensor:
     reference = DenseReference(*problem(model_name, loss_name))
+    return matrix_of(reference, operator_name)
+
+
+def matrix_of(reference: DenseReference, operator_name: str) -> Tensor:
     if operator_name == "inverse_harmonic_mean":
         return reference.inverse_harmonic_mean(REGULARIZATION)
     matrix: Tensor = getattr(reference, operator_name)()
@@ -149,10 +153,7 @@ def test_weighted_loss_without_reduction_weights_the_points(operator_name: str) 
     loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0]).double(), reduction="none")
     reference = DenseReference(model, lambda out, t: loss(out, t).sum(), x, y)
     operator = build(operator_name, model, loss, loader(x, y, 5), reduction="none")
-    if operator_name == "inverse_harmonic_mean":
-        expected = reference.inverse_harmonic_mean(REGULARIZATION)
-    else:
-        expected = getattr(reference, operator_name)()
+    expected = matrix_of(reference, operator_name)
     assert relative_error(operator.to_dense(), expected) < 1e-10
 
 
@@ -165,10 +166,7 @@ def test_restrict_to_takes_the_submatrix_in_the_models_order(operator_name: str)
     assert list(operator.input_dict_structure) == ["0.weight", "2.bias"]
     params = [named["0.weight"], named["2.bias"]]
     reference = DenseReference(model, loss, x, y, params)
-    if operator_name == "inverse_harmonic_mean":
-        expected = reference.inverse_harmonic_mean(REGULARIZATION)
-    else:
-        expected = getattr(reference, operator_name)()
+    expected = matrix_of(reference, operator_name)
     assert relative_error(operator.to_dense(), expected) < 1e-10
 
 
@@ -180,10 +178,7 @@ def test_frozen_parameters_are_constants(operator_name: str) -> None:
     model[0].weight.requires_grad_(False)
     operator = build(operator_name, model, loss, loader(x, y, 5))
     reference = DenseReference(model, loss, x, y)
-    if operator_name == "inverse_harmonic_mean":
-        expected = reference.inverse_harmonic_mean(REGULARIZATION)
-    else:
-        expected = getattr(reference, operator_name)()
+    expected = matrix_of(reference, operator_name)
     assert relative_error(operator.to_dense(), expected) < 1e-10
     assert model[0].weight.requires_grad is False
 

@@ -76,6 +76,15 @@ def checked_number(
     return number
 
 
+def checked_regularization(value: object) -> float:
+    """λ >= 0, where ``None`` is 0.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: As of `checked_number`.
+    """
+    return 0.0 if value is None else checked_number(value, "regularization", minimum=0)
+
+
 def checked_count(value: object, name: str, *, minimum: int = 1) -> int:
     """An integer at least `minimum`.
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hessops.errors import ArgumentError, DataError, ShapeError
-
-_ACCUMULATORS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+from hessops.functional.precision import accumulation_dtype
 
 
 class Averaging(ABC):
@@ -64,7 +63,7 @@ class Averaging(ABC):
                 )
             dtype = value.dtype
             if total is None:
-                total = torch.zeros_like(value, dtype=_ACCUMULATORS.get(dtype, dtype))
+                total = torch.zeros_like(value, dtype=accumulation_dtype(dtype))
             if value.shape != total.shape:
                 raise ShapeError(
                     f"values must have one shape, got {tuple(total.shape)} and {tuple(value.shape)}"

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from hessops.batch.model import ModelBatchOperation
 from hessops.errors import ModelError
 from hessops.functional.gradients import mean_gradient, per_sample_gradients
+from hessops.functional.precision import accumulation_dtype, scaled_rows
 from hessops.functional.products import LinearFunction, Stack
 from hessops.objective import Loss, Reduction
 from hessops.space import RestrictTo
 from hessops.streaming import Batch
 from hessops.validation import checked_number
 
-_SUM_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 # Memory for the per-sample gradients of one chunk of points.
 GRADIENT_BYTES = 2**28
 
@@ -77,7 +77,7 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
     def _linearize(self, batch: Batch, *, forward_mode: bool) -> LinearFunction:
         def apply(stack: Stack) -> Stack:
             rows = self.space.flatten(stack)
-            wide = rows.to(_SUM_DTYPES.get(rows.dtype, rows.dtype))
+            wide = rows.to(accumulation_dtype(rows.dtype))
             correction = torch.zeros_like(wide)
             for points in self._chunks(batch):
                 units, norms = _normalized(self._gradients(points).to(wide.dtype))
@@ -118,7 +118,7 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
         super().check(batch)
         if self.space.device.type == "meta":
             return
-        with self.objective.kernels():
+        with self._differentiating():
             if self._vectorize and not self._gradients_add_up(batch):
                 self._vectorize = False
             if not self._vectorize and not self._gradients_add_up(batch):
@@ -144,7 +144,6 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
 
 def _normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of unit length and their norms; a zero row stays zero and has the norm zero."""
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    scaled = rows / torch.where(largest > 0, largest, 1.0)
+    scaled, largest = scaled_rows(rows)
     norms = scaled.norm(dim=1, keepdim=True)
     return scaled / torch.where(norms > 0, norms, 1.0), (norms * largest).squeeze(1)

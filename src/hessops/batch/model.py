@@ -48,6 +48,10 @@ class ModelBatchOperation(BatchOperation):
         HessopsError: Whatever `Objective` raises.
     """
 
+    always_positive_semidefinite: bool | None = None
+    # Products by double backward are symmetric only if torch's second derivatives are right.
+    symmetric_by_construction = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -71,12 +75,7 @@ class ModelBatchOperation(BatchOperation):
         self.mode: Mode = mode
         self.chunk_size = chunk_size
         self._stacked_gradient = StackedGradient()
-
         self._symmetry_is_checked = self.symmetric_by_construction
-
-    always_positive_semidefinite: bool | None = None
-    # Products by double backward are symmetric only if torch's second derivatives are right.
-    symmetric_by_construction = False
 
     @abstractmethod
     def _linearize(self, batch: Batch, *, forward_mode: bool) -> LinearFunction:

@@ -81,7 +81,7 @@ class ScaledOperator(TensorOperator):
         return None if inner is None else inner / self.factor
 
     def _move(self, device: torch.device) -> TensorOperator:
-        return ScaledOperator(self.operator.to(device), self.factor, space=_moved(self, device))
+        return ScaledOperator(self.operator.to(device), self.factor, space=self._space_on(device))
 
     def _children(self) -> Sequence[TensorOperator]:
         return (self.operator,)
@@ -123,7 +123,7 @@ class ShiftedOperator(TensorOperator):
 
     def _move(self, device: torch.device) -> TensorOperator:
         return ShiftedOperator(
-            self.operator.to(device), self.shift_value, space=_moved(self, device)
+            self.operator.to(device), self.shift_value, space=self._space_on(device)
         )
 
     def _children(self) -> Sequence[TensorOperator]:
@@ -313,10 +313,6 @@ def _require_compatible(left: TensorOperator, right: TensorOperator, symbol: str
             f"{names}: the operators act on different parameters, {left.space!r} and "
             f"{right.space!r}"
         )
-
-
-def _moved(operator: TensorOperator, device: torch.device) -> ParameterSpace | None:
-    return operator.space.to(device) if operator.space else None
 
 
 def _common_space(operators: Sequence[TensorOperator]) -> ParameterSpace | None:

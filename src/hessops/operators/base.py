@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, overload
@@ -129,6 +130,16 @@ class TensorOperator(ABC):
         raise DeviceError(
             f"{type(self).__name__} cannot be moved to {device}: it defines no _move(device)"
         )
+
+    def _copy_on(self, device: torch.device) -> Self:
+        """A shallow copy that says it is on `device`; a `_move` moves its parts into it."""
+        moved = copy.copy(self)
+        moved._device = device
+        moved._space = self._space_on(device)
+        return moved
+
+    def _space_on(self, device: torch.device) -> ParameterSpace | None:
+        return self._space.to(device) if self._space else None
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         """The hook for `inverse`: (A + shift·I)⁻¹ in closed form, or ``None``."""

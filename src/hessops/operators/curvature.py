@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, Self
 
@@ -122,11 +121,9 @@ class BatchOperator(TensorDictOperator):
         return self
 
     def _move(self, device: torch.device) -> Self:
-        moved = copy.copy(self)
+        moved = self._copy_on(device)
         moved.batch_operation = self.batch_operation.to(device)
         moved.stream = self.stream.to(device)
-        moved._device = device
-        moved._space = moved.batch_operation.space
         return moved
 
     def _label(self) -> str:

@@ -15,22 +15,24 @@ from hessops.operators.base import TensorOperator
 from hessops.operators.diagonal import require_space
 from hessops.operators.inverse import DirectInverse
 from hessops.space import ParameterSpace
-from hessops.validation import checked_floating, checked_number
+from hessops.validation import checked_floating, checked_regularization
 
 
 class MatrixOperator(TensorOperator):
     """An explicit matrix as an operator.
 
     Args:
-        matrix: A, shape ``(n, n)``, real floating point. It is copied.
+        matrix: A, shape ``(n, n)``, real floating point.
         symmetric: Whether A = Aᵀ; ``None`` looks: symmetric up to rounding counts as symmetric.
         positive_semidefinite: Whether it is; ``None`` for unknown.
         space: The parameters that the entries of a vector stand for, if they do.
+        copy: ``False`` shares the caller's matrix, which must not be written to afterwards.
 
     Raises:
         ArgumentTypeError: `matrix` is not a tensor.
         ShapeError: It is not square, or does not fit `space`.
-        DtypeError: It is not real floating point.
+        DtypeError: It is not real floating point, or of another dtype than `space`.
+        DeviceError: It is on another device than `space`.
         NonFiniteError: It holds NaN or infinity.
 
     Example:
@@ -50,9 +52,10 @@ class MatrixOperator(TensorOperator):
         symmetric: bool | None = None,
         positive_semidefinite: bool | None = None,
         space: ParameterSpace | None = None,
+        copy: bool = True,
     ) -> None:
         _checked_square(matrix, space)
-        self.matrix = matrix.detach().clone()
+        self.matrix = matrix.detach().clone() if copy else matrix.detach()
         super().__init__(
             len(matrix),
             matrix.dtype,
@@ -62,16 +65,6 @@ class MatrixOperator(TensorOperator):
             space=space,
         )
 
-    @classmethod
-    def around(cls, matrix: Tensor, space: ParameterSpace | None = None) -> Self:
-        """An operator that shares the caller's matrix instead of copying it."""
-        operator = cls(matrix.new_ones(1, 1))
-        operator.matrix = matrix.detach()
-        operator._input_size = len(matrix)
-        operator._symmetric = _is_symmetric(matrix)
-        operator._space = space
-        return operator
-
     def _apply_rows(self, rows: Tensor) -> Tensor:
         return rows @ self.matrix.T
 
@@ -79,8 +72,7 @@ class MatrixOperator(TensorOperator):
         return rows @ self.matrix
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator:
-        shifted = self.matrix.clone()
-        shifted.diagonal().add_(shift)
+        shifted = _shifted(self.matrix, shift) if shift else self.matrix
         inverse = DirectSolveOperator(shifted, space=self.space)
         # The shift may have made it indefinite or definite; without one, what is known stays.
         if shift == 0:
@@ -88,10 +80,8 @@ class MatrixOperator(TensorOperator):
         return inverse
 
     def _move(self, device: torch.device) -> Self:
-        moved = copy.copy(self)
+        moved = self._copy_on(device)
         moved.matrix = self.matrix.to(device)
-        moved._device = device
-        moved._space = self.space.to(device) if self.space else None
         return moved
 
 
@@ -139,16 +129,13 @@ class DirectSolveOperator(DirectInverse):
         _checked_square(matrix, space)
         if matrix.dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"matrix must be float32 or float64, got {matrix.dtype}")
-        shift = checked_number(regularization or 0.0, "regularization", minimum=0)
+        shift = checked_regularization(regularization)
         if in_place_regularization:
             operator = self._factorize_in_place(matrix.detach(), shift, space)
         else:
             operator = MatrixOperator(matrix, space=space)
-            damped = operator.matrix.clone()
-            damped.diagonal().add_(shift)
-            self._factors = _Factors(damped)
+            self._factors = _Factors(_shifted(operator.matrix, shift) if shift else operator.matrix)
         super().__init__(operator, regularization)
-        self._space = space
 
     def _factorize_in_place(
         self, matrix: Tensor, shift: float, space: ParameterSpace | None
@@ -160,7 +147,7 @@ class DirectSolveOperator(DirectInverse):
         except BaseException:
             matrix.diagonal().copy_(diagonal)
             raise
-        return MatrixOperator.around(matrix, space).shift(-shift)
+        return MatrixOperator(matrix, space=space, copy=False).shift(-shift)
 
     def _inverse_rows(self, rows: Tensor) -> Tensor:
         return self._factors.solve(rows)
@@ -176,7 +163,6 @@ class DirectSolveOperator(DirectInverse):
     def _move(self, device: torch.device) -> Self:
         moved = super()._move(device)
         moved._factors = self._factors.to(device)
-        moved._space = self.space.to(device) if self.space else None
         return moved
 
 
@@ -232,6 +218,13 @@ def _factorized(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
             "positive regularization"
         )
     return factor, pivots
+
+
+def _shifted(matrix: Tensor, shift: float) -> Tensor:
+    """matrix + shift·I, in memory of its own."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    return shifted
 
 
 def _checked_square(matrix: Tensor, space: ParameterSpace | None) -> None:

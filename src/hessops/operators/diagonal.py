@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Self
@@ -71,10 +70,7 @@ class IdentityOperator(TensorOperator):
         return self / (1 + shift)
 
     def _move(self, device: torch.device) -> Self:
-        moved = copy.copy(self)
-        moved._device = device
-        moved._space = self.space.to(device) if self.space else None
-        return moved
+        return self._copy_on(device)
 
 
 class DiagonalOperator(TensorOperator):
@@ -127,10 +123,8 @@ class DiagonalOperator(TensorOperator):
         return DiagonalOperator(1 / shifted, space=self.space)
 
     def _move(self, device: torch.device) -> Self:
-        moved = copy.copy(self)
+        moved = self._copy_on(device)
         moved.diagonal = self.diagonal.to(device)
-        moved._device = device
-        moved._space = self.space.to(device) if self.space else None
         return moved
 
 
@@ -203,7 +197,7 @@ class BlockDiagonalOperator(TensorOperator):
         """Other blocks at the same positions."""
         changed = BlockDiagonalOperator(blocks)
         changed._positions = tuple(p.to(changed.device) for p in self._positions)
-        changed._space = self.space.to(changed.device) if self.space else None
+        changed._space = self._space_on(changed.device)
         return changed
 
     def _move(self, device: torch.device) -> BlockDiagonalOperator:

@@ -25,7 +25,7 @@ from hessops.errors import (
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.solution import Solution, SolveStatus
-from hessops.validation import checked_number, checked_rows
+from hessops.validation import checked_regularization, checked_rows
 
 logger = logging.getLogger("hessops")
 
@@ -75,11 +75,7 @@ class InverseOperator(TensorOperator):
                 "as MatrixOperator(matrix)"
             )
         self.operator = operator
-        self.regularization = (
-            0.0
-            if regularization is None
-            else checked_number(regularization, "regularization", minimum=0)
-        )
+        self.regularization = checked_regularization(regularization)
         self.warn_on_max_iteration = warn_on_max_iteration
         super().__init__(
             operator.input_size,
@@ -145,21 +141,15 @@ class InverseOperator(TensorOperator):
     def with_regularization(self, regularization: float | None) -> InverseOperator:
         """The same inverse with its own λ replaced; a shift of the operator stays."""
         changed = copy.copy(self)
-        changed.regularization = (
-            0.0
-            if regularization is None
-            else checked_number(regularization, "regularization", minimum=0)
-        )
+        changed.regularization = checked_regularization(regularization)
         return changed
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         return self.system if shift == 0 else None
 
     def _move(self, device: torch.device) -> Self:
-        moved = copy.copy(self)
+        moved = self._copy_on(device)
         moved.operator = self.operator.to(device)
-        moved._device = moved.operator.device
-        moved._space = moved.operator.space
         return moved
 
     def _children(self) -> Sequence[TensorOperator]:
@@ -241,7 +231,7 @@ class ClosedFormInverse(DirectInverse):
         Raises:
             MissingInverseError: A + λI has none.
         """
-        shift = checked_number(regularization or 0.0, "regularization", minimum=0)
+        shift = checked_regularization(regularization)
         inverse_map = self.operator._closed_form_inverse(shift)
         if inverse_map is None:
             raise MissingInverseError(

@@ -80,9 +80,10 @@ class LowRankProductOperator(TensorOperator):
         inverted = replace(representation, eigen_vals=1 / damped - offset)
         return LowRankProductOperator(inverted, space=self.space).shift(offset)
 
-    def _move(self, device: torch.device) -> LowRankProductOperator:
-        space = self.space.to(device) if self.space else None
-        return LowRankProductOperator(self.low_rank_representation.to(device), space=space)
+    def _move(self, device: torch.device) -> Self:
+        moved = self._copy_on(device)
+        moved.low_rank_representation = self.low_rank_representation.to(device)
+        return moved
 
     def _label(self) -> str:
         return f"LowRankProductOperator(rank={self.low_rank_representation.rank})"

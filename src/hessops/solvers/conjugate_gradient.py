@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hessops.errors import DtypeError, NotYetSupportedError, StructureError
+from hessops.functional.precision import scaled_rows
 from hessops.operators.base import TensorOperator
 from hessops.operators.inverse import InverseOperator, default_rtol
 from hessops.operators.solution import Solution, SolveStatus
@@ -161,8 +162,7 @@ def _powers_of_two(rhs: Tensor) -> Tensor:
 
 def _norms(rows: Tensor) -> Tensor:
     """Norms of rows whose squares may overflow or underflow, ``(k,)``."""
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    scaled = rows / torch.where(largest > 0, largest, 1.0)
+    scaled, largest = scaled_rows(rows)
     norms: Tensor = scaled.norm(dim=1) * largest.squeeze(1)
     return norms
 
@@ -175,9 +175,10 @@ class _Phase(IntEnum):
     DONE = 2
 
 
-# Statuses as numbers, so that a tensor can hold one per row; the first stands for "not decided".
-_STATUSES = (None, *SolveStatus)
-_CODE = {status: code for code, status in enumerate(_STATUSES)}
+# Statuses as numbers, so that a tensor can hold one per row.
+_STATUS = dict(enumerate(SolveStatus))
+_CODE = {status: code for code, status in _STATUS.items()}
+_UNDECIDED = -1
 
 
 class _Run:
@@ -206,7 +207,7 @@ class _Run:
         # The residual of the recurrence at which the true one is measured next.
         self.next_check = self._following_check(self.rhs_norms)
         solved = self.rhs_norms <= tolerances
-        self.status = torch.where(solved, _CODE[SolveStatus.CONVERGED], _CODE[None])
+        self.status = torch.where(solved, _CODE[SolveStatus.CONVERGED], _UNDECIDED)
         self.phase = torch.where(solved, int(_Phase.DONE), int(_Phase.STEP))
 
     def _following_check(self, norms: Tensor) -> Tensor:
@@ -289,13 +290,13 @@ class _Run:
         undoable = self.status != _CODE[SolveStatus.INDEFINITE]
         met = verifying & undoable & finite & (norms <= self.tolerances)
         self.status = torch.where(met, _CODE[SolveStatus.CONVERGED], self.status)
-        going_on = verifying & (self.status == _CODE[None])
+        going_on = verifying & (self.status == _UNDECIDED)
         # The recurrence has drifted from the truth: restart from the truth, as long as that helps.
         drifted = going_on & ~(norms <= DRIFT_FACTOR * self.squared.sqrt())
         self._decide(going_on & ~finite, SolveStatus.NON_FINITE)
         self._decide(drifted & (norms > PROGRESS_FACTOR * before), SolveStatus.STAGNATED)
         self._decide(going_on & (self.iterations >= self.maxiter), SolveStatus.MAX_ITERATIONS)
-        going_on = going_on & (self.status == _CODE[None])
+        going_on = going_on & (self.status == _UNDECIDED)
         self._restart(residual, norms, going_on & drifted)
         self.next_check = torch.where(
             going_on, self._following_check(self.squared.sqrt()), self.next_check
@@ -305,7 +306,7 @@ class _Run:
 
     def _decide(self, rows: Tensor, status: SolveStatus) -> None:
         """Sets the status of those rows that have none yet."""
-        undecided = rows & (self.status == _CODE[None])
+        undecided = rows & (self.status == _UNDECIDED)
         self.status = torch.where(undecided, _CODE[status], self.status)
 
     def _restart(self, residual: Tensor, norms: Tensor, rows: Tensor) -> None:
@@ -342,7 +343,7 @@ class _Run:
         by_row = scales.squeeze(1)
         return Solution(
             value=torch.where(overflown.unsqueeze(1), 0.0, value),
-            status=tuple(_STATUSES[code] or SolveStatus.BREAKDOWN for code in status.tolist()),
+            status=tuple(_STATUS[code] for code in status.tolist()),
             iterations=self.iterations,
             residual_norms=torch.where(overflown | inexact, self.rhs_norms, norms) * by_row,
             rhs_norms=self.rhs_norms * by_row,
