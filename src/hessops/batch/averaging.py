@@ -79,7 +79,14 @@ class Averaging(ABC):
 
 
 class PointAveraging(Averaging):
-    """Every point counts the same: results do not depend on how the data are split into batches."""
+    """Every point counts the same: results do not depend on how the data are split into batches.
+
+    Example:
+        >>> import torch
+        >>> from hessops import PointAveraging
+        >>> PointAveraging().reduce([(torch.tensor([4.0]), 1), (torch.tensor([0.0]), 3)])
+        tensor([1.])
+    """
 
     depends_on_batches = False
 
@@ -89,7 +96,14 @@ class PointAveraging(Averaging):
 
 
 class ChunkAveraging(Averaging):
-    """Every batch counts the same, a small last one as much as the others (pyDVL's convention)."""
+    """Every batch counts the same, a small last one as much as the others (pyDVL's convention).
+
+    Example:
+        >>> import torch
+        >>> from hessops import ChunkAveraging
+        >>> ChunkAveraging().reduce([(torch.tensor([4.0]), 1), (torch.tensor([0.0]), 3)])
+        tensor([2.])
+    """
 
     def weight(self, num_points: int) -> float:
         """1."""

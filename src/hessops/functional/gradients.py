@@ -52,7 +52,25 @@ def per_sample_gradients(
 def mean_gradient(
     objective: Objective, params: Mapping[str, Tensor], batch: Batch
 ) -> dict[str, Tensor]:
-    """The gradient of the mean loss over the batch, ``{name: shape}``, by one backward pass."""
+    """The gradient of the mean loss over the batch, by one backward pass.
+
+    Args:
+        objective: Model and loss.
+        params: Where to take the gradient, ``{name: tensor}``.
+        batch: n points.
+
+    Returns:
+        ``{name: shape}``, without a graph.
+
+    Example:
+        >>> import torch
+        >>> from hessops import Batch, Objective
+        >>> from hessops.functional import mean_gradient
+        >>> objective = Objective(torch.nn.Linear(3, 2), torch.nn.MSELoss())
+        >>> batch = Batch.from_raw((torch.zeros(4, 3), torch.ones(4, 2)))
+        >>> mean_gradient(objective, objective.params, batch)["weight"].shape
+        torch.Size([2, 3])
+    """
     leaves = differentiable(params)
     with torch.enable_grad():
         value = objective.batch_loss(leaves, batch)

@@ -29,6 +29,14 @@ class StackedGradient:
 
     Attributes:
         vectorize: Whether several passes are tried at once.
+
+    Example:
+        >>> import torch
+        >>> from hessops.functional import StackedGradient
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> StackedGradient()([x**2], [x], [torch.eye(2)])
+        [tensor([[2., 0.],
+                [0., 4.]])]
     """
 
     vectorize: bool = True
@@ -158,6 +166,16 @@ class JacobianProducts:
         outputs: Tensors with a graph that leads to `leaves`.
         leaves: The parameters, as they were given to the function.
         stacked_gradient: Reused between calls, it remembers whether vectorising works.
+
+    Example:
+        >>> import torch
+        >>> from hessops.functional import JacobianProducts
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> jacobian = JacobianProducts([x**2], {"x": x})
+        >>> jacobian.push({"x": torch.ones(1, 2)})
+        [tensor([[2., 4.]])]
+        >>> jacobian.pull([torch.ones(1, 2)])
+        {'x': tensor([[2., 4.]])}
     """
 
     def __init__(

@@ -197,7 +197,9 @@ class HessianOperator(CurvatureOperator):
 
     Symmetric, in general indefinite. Products by double backward (Pearlmutter 1994).
 
-    Arguments and errors are those of `CurvatureOperator`.
+    `apply` takes a vector ``(P,)`` or a stack ``(k, P)`` of the parameters' dtype and returns the
+    same shape; `apply_to_dict` takes ``{name: shape}`` or ``{name: (k, *shape)}``.
+    Constructor arguments and errors are those of `CurvatureOperator`.
 
     Example:
         >>> import torch
@@ -222,7 +224,9 @@ class GaussNewtonOperator(CurvatureOperator):
     (Martens 2020, Section 11). Symmetric positive semi-definite. A product makes no per-sample
     gradients.
 
-    Arguments and errors are those of `CurvatureOperator`.
+    `apply` takes a vector ``(P,)`` or a stack ``(k, P)`` of the parameters' dtype and returns the
+    same shape; `apply_to_dict` takes ``{name: shape}`` or ``{name: (k, *shape)}``.
+    Constructor arguments and errors are those of `CurvatureOperator`.
 
     Example:
         >>> import torch
@@ -246,7 +250,9 @@ class GeneralizedGaussNewtonOperator(CurvatureOperator):
     Hessian of :math:`\ell_i` by that output (Schraudolph 2002). Symmetric; positive semi-definite
     when the loss is convex in the output.
 
-    Arguments and errors are those of `CurvatureOperator`.
+    `apply` takes a vector ``(P,)`` or a stack ``(k, P)`` of the parameters' dtype and returns the
+    same shape; `apply_to_dict` takes ``{name: shape}`` or ``{name: (k, *shape)}``.
+    Constructor arguments and errors are those of `CurvatureOperator`.
 
     Example:
         >>> import torch

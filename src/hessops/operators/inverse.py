@@ -60,6 +60,15 @@ class InverseOperator(TensorOperator):
     Raises:
         ArgumentTypeError: `operator` is not a `TensorOperator`.
         ArgumentError: `regularization` is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from hessops import CgOperator, InverseOperator, MatrixOperator
+        >>> inverse = CgOperator(MatrixOperator(torch.eye(2)), regularization=1.0)
+        >>> isinstance(inverse, InverseOperator), inverse.with_regularization(3.0).regularization
+        (True, 3.0)
+        >>> inverse.apply(torch.ones(2))
+        tensor([0.5000, 0.5000])
     """
 
     def __init__(
@@ -163,7 +172,17 @@ class DirectInverse(InverseOperator):
     """An inverse that is computed without iterations.
 
     A subclass defines ``_inverse_rows(rows)``. `solve` and `apply` measure the true residual: where
-    it is above the tolerance that the dtype allows, the outcome is *stagnated*.
+    it is above the tolerance that the dtype allows (relative 1e-7 in float64, 1e-4 in float32), the
+    outcome is *stagnated*. Arguments and errors are those of `InverseOperator`.
+
+    Example:
+        >>> import torch
+        >>> from hessops import DirectInverse, IdentityOperator
+        >>> class InverseOfIdentity(DirectInverse):
+        ...     def _inverse_rows(self, rows):
+        ...         return rows / (1 + self.regularization)
+        >>> InverseOfIdentity(IdentityOperator(2), 1.0).apply(torch.ones(2))
+        tensor([0.5000, 0.5000])
     """
 
     @abstractmethod
@@ -206,8 +225,20 @@ class ClosedFormInverse(DirectInverse):
 
     Args:
         operator: A.
-        inverse_map: (A + λI)⁻¹.
-        regularization: λ.
+        inverse_map: (A + λI)⁻¹, of the size, dtype and device of A.
+        regularization: λ >= 0; ``None`` is 0.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: As of `InverseOperator`.
+
+    Example:
+        >>> import torch
+        >>> from hessops import DiagonalOperator
+        >>> inverse = DiagonalOperator(torch.tensor([1.0, 4.0])).inverse()
+        >>> type(inverse).__name__
+        'ClosedFormInverse'
+        >>> inverse.solve(torch.ones(2)).value
+        tensor([1.0000, 0.2500])
     """
 
     def __init__(

@@ -10,7 +10,15 @@ from torch import Tensor
 
 
 class SolveStatus(StrEnum):
-    """How the solve for one right-hand side ended; compares equal to its string."""
+    """How the solve for one right-hand side ended; compares equal to its string.
+
+    Example:
+        >>> from hessops import SolveStatus
+        >>> SolveStatus.MAX_ITERATIONS == "max iterations"
+        True
+        >>> SolveStatus.CONVERGED.advice
+        'The true residual is within the tolerance.'
+    """
 
     CONVERGED = "converged"
     MAX_ITERATIONS = "max iterations"
@@ -66,6 +74,14 @@ class Solution:
         tolerances: The bound that `residual_norms` had to meet, ``(k,)``.
         num_applications: Applications of the operator, each to all right-hand sides at once.
         smallest_curvatures: Smallest pᵀAp/‖p‖² met, ``(k,)``; infinite where there was none.
+
+    Example:
+        >>> import torch
+        >>> from hessops import CgOperator, DiagonalOperator
+        >>> A = DiagonalOperator(torch.tensor([1.0, 2.0]))
+        >>> solution = CgOperator(A).solve(torch.eye(2))
+        >>> solution.value.shape, solution.status[0].value, solution.converged
+        (torch.Size([2, 2]), 'converged', tensor([True, True]))
     """
 
     value: Tensor
