@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
@@ -24,17 +26,42 @@ def isolated(device: torch.device) -> Iterator[None]:
     Under a caller's ``inference_mode`` nothing could be differentiated, and under ``autocast`` a
     float32 product would silently be a bfloat16 one.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(device.type) if device.type != "meta" else False:
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
         yield
 
 
 @contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Full precision, whatever the caller's autocast says."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Suspends the caller's `torch.func` transforms, for work on tensors that are not theirs.
+
+    Inside ``torch.func.grad`` or ``vmap`` every new tensor belongs to the transform, a random
+    number is refused, and nothing may be kept. Loading and checking data is none of its business.
+    """
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a `torch.func` transform, which hides its values."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+@contextmanager
 def twice_differentiable_kernels(
-    *, without_cudnn: bool = False, with_explicit_weight_norm: bool = False
+    *,
+    without_cudnn: bool = False,
+    with_explicit_weight_norm: bool = False,
+    with_explicit_layers: bool = False,
 ) -> Iterator[None]:
     """Selects kernels that can be differentiated twice, and restores the caller's choice.
 
@@ -43,12 +70,17 @@ def twice_differentiable_kernels(
     differentiated. Recurrent networks in cuDNN have no double backward either (`without_cudnn`).
     The double backward of `torch._weight_norm` is wrong (`with_explicit_weight_norm`). A caller's
     `torch.nn.utils.parametrize.cached` would hand out weights that belong to other parameters.
+
+    `with_explicit_layers` writes out every layer of which torch gets a third derivative or a
+    forward derivative wrong, at some cost: for functions whose results are differentiated again.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(_without_cached_parametrizations())
-        if with_explicit_weight_norm:
-            stack.enter_context(_ExplicitWeightNorm())
+        if with_explicit_layers:
+            stack.enter_context(_Rewritten(_EXPLICIT_LAYERS))
+        elif with_explicit_weight_norm:
+            stack.enter_context(_Rewritten(_EXPLICIT_WEIGHT_NORM))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if without_cudnn:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -69,8 +101,12 @@ def _without_cached_parametrizations() -> Iterator[None]:
         parametrize._cache_enabled, parametrize._cache = kept
 
 
-class _ExplicitWeightNorm(TorchFunctionMode):
-    """Writes g·v/‖v‖ out in operations whose derivatives are right to every order."""
+class _Rewritten(TorchFunctionMode):
+    """Calls other functions in place of some of torch's."""
+
+    def __init__(self, replacements: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self._replacements = replacements
 
     def __torch_function__(
         self,
@@ -79,9 +115,7 @@ class _ExplicitWeightNorm(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        if function is torch._weight_norm:
-            return _weight_norm(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+        return self._replacements.get(function, function)(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -89,6 +123,51 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     others = [d for d in range(v.ndim) if d != dim] if dim != -1 else None
     norms: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
     return v * (g / norms)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """As `torch.nn.functional.layer_norm`, whose third and forward derivatives are wrong."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(dim=dims, keepdim=True)
+    result = centred * (centred.square().mean(dim=dims, keepdim=True) + eps).rsqrt()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """As `torch.nn.functional.embedding`, whose forward derivative forgets `padding_idx`."""
+    if padding_idx is not None:
+        is_padding = torch.arange(len(weight), device=weight.device) == padding_idx % len(weight)
+        weight = torch.where(is_padding.unsqueeze(1), weight.detach(), weight)
+    return functional.embedding(
+        input, weight, None, max_norm, norm_type, scale_grad_by_freq, sparse
+    )
+
+
+_EXPLICIT_WEIGHT_NORM: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm
+}
+_EXPLICIT_LAYERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_EXPLICIT_WEIGHT_NORM,
+    functional.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    functional.embedding: _embedding,
+}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from hessops.errors import ModelError
 from hessops.functional.gradients import mean_gradient, per_sample_gradients
 from hessops.functional.precision import accumulation_dtype, scaled_rows
 from hessops.functional.products import LinearFunction, Stack
-from hessops.objective import Loss, Reduction
+from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
 from hessops.streaming import Batch
 from hessops.validation import checked_number

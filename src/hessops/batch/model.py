@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hessops.batch.operation import BatchOperation
-from hessops.errors import ArgumentError, ForwardModeError, ModelError
+from hessops.errors import ArgumentError, ForwardModeError
+from hessops.functional.checks import require_forward_agreement, require_symmetry
+from hessops.functional.columns import columns_that_fit, in_column_chunks
 from hessops.functional.memory import RetainedBytes
 from hessops.functional.products import LinearFunction, Stack, StackedGradient
-from hessops.objective import Loss, Objective, Reduction
+from hessops.objective import Objective
+from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
 from hessops.streaming import Batch
 from hessops.validation import checked_count
 
 Mode = Literal["rev-rev", "rev-fwd"]
 MODES = ("rev-rev", "rev-fwd")
-
-# Memory that the columns of one stacked product may take beside the graph itself.
-COLUMN_BYTES = 2**29
 
 
 class ModelBatchOperation(BatchOperation):
@@ -87,24 +86,8 @@ class ModelBatchOperation(BatchOperation):
                 return self._forward_product(batch, tensors)
             return self._reverse_product(batch, tensors)
 
-    @contextmanager
-    def _differentiating(self) -> Iterator[None]:
-        """The state for a product: the right kernels, torch's own remarks silenced."""
-        with self.objective.kernels(), warnings.catch_warnings():
-            # Torch compiles its own forward derivatives with what it deprecates itself, and says
-            # of some layers that its vectorised backward is a loop.
-            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            try:
-                yield
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError) as error:
-                raise ModelError(
-                    f"torch cannot compute a product of {type(self).__name__} for this model and "
-                    f"loss: {error}. A layer or loss without a second derivative, or an operation "
-                    "in place, must be replaced (checkpoints need use_reentrant=False)"
-                ) from error
+    def _differentiating(self) -> AbstractContextManager[None]:
+        return self.objective.differentiating(type(self).__name__)
 
     def _reverse_product(self, batch: Batch, tensors: Stack) -> Stack:
         num_rows = len(next(iter(tensors.values())))
@@ -113,21 +96,8 @@ class ModelBatchOperation(BatchOperation):
         retained = RetainedBytes()
         with retained.counting():
             product = self._linearize(batch, forward_mode=False)
-        chunk = self.chunk_size or self._columns_that_fit(retained.total)
-        pieces = [
-            product({name: t[start : start + chunk] for name, t in tensors.items()})
-            for start in range(0, num_rows, chunk)
-        ]
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in tensors}
-
-    def _columns_that_fit(self, retained_bytes: int) -> int:
-        """Columns of a vectorised backward pass within the budget.
-
-        Each holds its own copy of the activations' gradients, about as large as what the graph
-        retains, and a few vectors of the space.
-        """
-        vector_bytes = self.space.size * self.space.dtype.itemsize
-        return max(1, COLUMN_BYTES // (4 * vector_bytes + retained_bytes + 1))
+        chunk = self.chunk_size or columns_that_fit(self.space, retained.total)
+        return in_column_chunks(product, tensors, chunk)
 
     def _forward_product(self, batch: Batch, tensors: Stack) -> Stack:
         try:
@@ -140,11 +110,7 @@ class ModelBatchOperation(BatchOperation):
             ) from error
 
     def check(self, batch: Batch) -> None:
-        """The check of `Objective.check`, symmetry once, and forward against reverse mode.
-
-        A layer whose backward cannot be differentiated (``once_differentiable``, a ``detach`` or
-        numpy inside a custom function) makes the product asymmetric without any error from torch.
-        """
+        """The check of `Objective.check`, symmetry once, and forward against reverse mode."""
         self.objective.check(batch)
         if self.space.device.type == "meta":
             return
@@ -154,47 +120,21 @@ class ModelBatchOperation(BatchOperation):
         if self.mode == "rev-fwd":
             self._check_forward_mode(batch)
 
-    def _probes(self, batch: Batch, count: int) -> Tensor:
-        """Random vectors ``(count, P)`` that depend on the place of the batch only."""
-        generator = torch.Generator(device="cpu").manual_seed(batch.position)
-        rows = torch.randn(count, self.space.size, generator=generator, device="cpu")
-        return rows.to(self.space.device, self.space.dtype)
-
     def _check_symmetry(self, batch: Batch) -> None:
-        """Compares ⟨u, Av⟩ with ⟨v, Au⟩ for two random vectors."""
-        probes = self._probes(batch, 2)
+        what = f"batch {batch.position}: the products of {type(self).__name__}"
         with self._differentiating():
-            products = self._reverse_product(batch, self.space.unflatten(probes))
-        u, v = probes.double()
-        au, av = self.space.flatten(products).double()
-        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(self.space.dtype, 0.3)
-        # For normal u the form ⟨u, Av⟩ is of the size of ‖Av‖.
-        difference, scale = (u.dot(av) - v.dot(au)).abs(), au.norm() + av.norm()
-        if difference > tolerance * scale:
-            raise ModelError(
-                f"batch {batch.position}: the products of {type(self).__name__} are not symmetric "
-                f"(by {difference / scale:.1e} relative), so that second derivatives of this model "
-                "or loss are wrong: a custom autograd.Function whose backward is not "
-                "differentiable? Write the layer in torch operations"
+            require_symmetry(
+                partial(self._reverse_product, batch), self.space, what, seed=batch.position
             )
 
     def _check_forward_mode(self, batch: Batch) -> None:
-        r"""Compares J v in both modes for one random v.
-
-        Stronger than the adjoint identity ⟨u, Jv⟩ = ⟨Jᵀu, v⟩ for one u: reverse mode gives the
-        product itself.
-        """
-        probe = self.space.unflatten(self._probes(batch, 1))
         with self._differentiating():
-            forward = self.space.flatten(self._forward_product(batch, probe))
-            reverse = self.space.flatten(self._reverse_product(batch, probe))
-        tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(self.space.dtype, 5e-2)
-        difference, scale = (forward - reverse).norm(), reverse.norm()
-        if not difference <= tolerance * scale:
-            raise ForwardModeError(
-                f"batch {batch.position}: mode='rev-fwd' differs from reverse mode by "
-                f"{difference / scale:.1e} relative (a layer whose forward derivative torch gets "
-                "wrong, such as LayerNorm or Embedding(padding_idx=...)); use mode='rev-rev'"
+            require_forward_agreement(
+                partial(self._forward_product, batch),
+                partial(self._reverse_product, batch),
+                self.space,
+                f"batch {batch.position}: mode='rev-fwd'",
+                seed=batch.position,
             )
 
     def _move_parts(self, device: torch.device) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.func import grad
 
 from hessops.functional.products import Stack, differentiable
-from hessops.objective import Objective, map_points
+from hessops.objective import Objective
+from hessops.point_loss import map_points
 from hessops.streaming import Batch
 
 

@@ -18,8 +18,8 @@ from hessops.batch.inverse_harmonic_mean import InverseHarmonicMeanBatchOperatio
 from hessops.batch.model import Mode, ModelBatchOperation
 from hessops.batch.operation import BatchOperation
 from hessops.errors import ArgumentTypeError
-from hessops.objective import Loss, Reduction
 from hessops.operators.base import TensorDictOperator
+from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
 from hessops.streaming import BatchStream, Unpack
 

@@ -1,0 +1,214 @@
+"""ModelSnapshot: the private copy of a model and its loss that an operator works on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hessops.errors import DtypeError, LossError, ModelError
+from hessops.isolation import isolated, twice_differentiable_kernels
+from hessops.point_loss import Loss
+from hessops.space import ParameterSpace, RestrictTo, require_finite
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class ModelSnapshot:
+    """A copy of a model, and of a loss that is a module, as they were at one time.
+
+    It never changes: `refreshed` and `to` return another. The user's model is never written to,
+    moved or switched.
+
+    Args:
+        model: Called with one argument.
+        loss: A module, which is copied, or a function, which is kept.
+        restrict_to: The parameters to differentiate by; ``None`` takes all trainable ones.
+
+    Attributes:
+        space: The parameters to differentiate by.
+        module: The copy of the model, for its structure; use `params` for values.
+        loss: The copy of the loss.
+        users_model: The original.
+        params: The values of the parameters of `space`, ``{name: tensor}``, without gradients.
+        frozen: Those of all others.
+        buffers: Those of the buffers.
+
+    Raises:
+        ModelError: No trainable parameter; a model that rewrites its weights
+            (``Embedding(max_norm=...)``), has sparse gradients, is compiled, or cannot be copied.
+        LossError: `loss` holds parameters of the model.
+        ParameterNameError: `restrict_to` names an unknown or frozen parameter.
+        DtypeError: Parameters of mixed or complex dtype.
+        DeviceError: Parameters on several devices.
+        NonFiniteError: NaN or infinity in a parameter or buffer.
+
+    Example:
+        >>> import torch
+        >>> from hessops.snapshot import ModelSnapshot
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> snapshot = ModelSnapshot(model, torch.nn.MSELoss())
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> bool(snapshot.params["weight"].any())
+        True
+        >>> bool(snapshot.refreshed().params["weight"].any())
+        False
+    """
+
+    space: ParameterSpace
+    module: nn.Module
+    loss: Loss
+    users_model: nn.Module
+    params: Mapping[str, Tensor]
+    frozen: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+    def __init__(self, model: nn.Module, loss: Loss, restrict_to: RestrictTo | None = None) -> None:
+        self.space = ParameterSpace.from_model(model, restrict_to)
+        _refuse_unsuitable(model)
+        _refuse_shared_parameters(model, loss)
+        self.users_model = model
+        self._users_loss = loss
+        self._take()
+
+    def _take(self) -> None:
+        model, loss = self.users_model, self._users_loss
+        _require_unchanged_parameters(model, self.space)
+        # Inside inference_mode the copies would be inference tensors, which have no gradient.
+        with isolated(self.space.device):
+            require_finite(dict(model.named_parameters()), "parameter")
+            # Attention masks are -inf where nothing may be seen.
+            require_finite(dict(model.named_buffers()), "buffer", allow_infinite=True)
+            module = _copied(model, "model").to(self.space.device)
+            if isinstance(loss, nn.Module):
+                loss = _copied(loss, "loss").to(self.space.device).requires_grad_(False)
+        self._hold(module, loss)
+
+    def _hold(self, module: nn.Module, loss: Loss) -> None:
+        """Names the tensors of a copy: where to differentiate, and what stays."""
+        self.module, self.loss = module, loss
+        every = {name: p.detach() for name, p in module.named_parameters()}
+        self.params = {name: every[name] for name in self.space.names}
+        self.frozen = {name: p for name, p in every.items() if name not in self.params}
+        self.buffers = {name: b.detach() for name, b in module.named_buffers()}
+        self._has_rnn = any(isinstance(m, nn.RNNBase) for m in module.modules())
+        # The parametrization's class is private to torch.
+        self._has_weight_norm = any(type(m).__name__ == "_WeightNorm" for m in module.modules())
+
+    def refreshed(self) -> ModelSnapshot:
+        """A copy of the user's model and loss as they are now.
+
+        Raises:
+            ModelError: A parameter was removed or reshaped, or the model cannot be copied.
+            DtypeError: A parameter has another dtype than before.
+            NonFiniteError: NaN or infinity in a parameter or buffer.
+        """
+        fresh = copy.copy(self)
+        fresh._take()
+        return fresh
+
+    def to(self, device: torch.device | str) -> ModelSnapshot:
+        """The same snapshot, values included, on another device."""
+        moved = copy.copy(self)
+        moved.space = self.space.to(device)
+        loss = self.loss
+        if isinstance(loss, nn.Module):
+            loss = copy.deepcopy(loss).to(device)
+        moved._hold(copy.deepcopy(self.module).to(device), loss)
+        return moved
+
+    def kernels(self, *, any_order: bool = False) -> AbstractContextManager[None]:
+        """A context in which every kernel of the model can be differentiated twice.
+
+        Args:
+            any_order: Derivatives of third order and forward mode are right too, at some cost.
+        """
+        return twice_differentiable_kernels(
+            without_cudnn=self._has_rnn and self.space.device.type == "cuda",
+            with_explicit_weight_norm=self._has_weight_norm,
+            with_explicit_layers=any_order,
+        )
+
+    def output(self, params: Mapping[str, Tensor], x: object) -> object:
+        """The model's output at `params`, which may name some of the parameters only."""
+        # Cloned, because a forward may write to its buffers (a counter, a running mean).
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return self.call({**buffers, **self.frozen, **self.params, **params}, x)
+
+    def call(self, tensors: Mapping[str, Tensor], x: object) -> object:
+        """The model's output where these tensors stand in for its parameters and buffers.
+
+        The forward may write to them.
+        """
+        return functional_call(self.module, dict(tensors), (x,))
+
+
+def _require_unchanged_parameters(model: nn.Module, space: ParameterSpace) -> None:
+    """Refuses a model whose parameters no longer are those of a space."""
+    current = dict(model.named_parameters())
+    for name, shape in space.shapes.items():
+        if name not in current or current[name].shape != shape:
+            raise ModelError(f"parameter {name!r} of the model was removed or reshaped")
+        if current[name].dtype != space.dtype:
+            raise DtypeError(
+                f"parameter {name!r} of the model is {current[name].dtype} now and was "
+                f"{space.dtype}; make a new operator"
+            )
+
+
+def _refuse_unsuitable(model: nn.Module) -> None:
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"model is a {type(model).__name__}; pass the module inside, model.module")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            part = f" in its module {name!r}" if name else ""
+            raise ModelError(
+                f"model is compiled{part} ({type(module).__name__}) and cannot be differentiated "
+                "twice; use the original module (_orig_mod of a torch.compile result)"
+            )
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        if module.max_norm is not None:
+            raise ModelError(
+                f"module {name!r} ({type(module).__name__}) has max_norm={module.max_norm}, which "
+                "rewrites the weights in the forward; renormalise once and set max_norm=None"
+            )
+        if module.sparse:
+            raise ModelError(
+                f"module {name!r} ({type(module).__name__}) has sparse gradients, which cannot be "
+                "differentiated again; set sparse=False"
+            )
+        if module.scale_grad_by_freq:
+            raise ModelError(
+                f"module {name!r} ({type(module).__name__}) has scale_grad_by_freq=True, so that "
+                "its gradients are not those of the loss; set it to False"
+            )
+
+
+def _refuse_shared_parameters(model: nn.Module, loss: Loss) -> None:
+    if not isinstance(loss, nn.Module):
+        return
+    of_model = {id(p): name for name, p in model.named_parameters()}
+    shared = [of_model[id(p)] for p in loss.parameters() if id(p) in of_model]
+    if shared:
+        raise LossError(
+            f"loss holds parameters of the model {shared[:8]}, by which it would not be "
+            "differentiated: a loss is a function of output and target; add a quadratic penalty "
+            "c/2·|θ|² as operator.shift(c), or let the model return what the loss needs"
+        )
+
+
+def _copied(module: _Module, argument: str) -> _Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise ModelError(
+            f"{argument} ({type(module).__name__}) cannot be copied ({error}); operators work on "
+            "their own copy. Remove attributes that hold tensors with a graph, or pass the plain "
+            "module inside a wrapper (model.module of a DistributedDataParallel)"
+        ) from error
