@@ -108,9 +108,17 @@ class ConformanceError(HessopsError, AssertionError):
     """An operator does not keep a promise that `hessops.testing` checks."""
 
 
+class IHVPUsageError(HessopsError, ValueError):
+    """A function of `hessops.ihvp` was built or called with arguments that cannot be used."""
+
+
 class HessopsWarning(UserWarning):
     """Base class of every warning issued by `hessops`."""
 
 
 class ConvergenceWarning(HessopsWarning):
     """A solve stopped short of its tolerance; the value returned carries its true residual."""
+
+
+class IndefiniteSketchWarning(HessopsWarning):
+    """A Nyström sketch met negative eigenvalues, which it leaves out."""

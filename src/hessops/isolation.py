@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,19 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def without_remarks() -> Iterator[None]:
+    """Silences what torch says of itself while it differentiates.
+
+    It compiles its own forward derivatives with what it deprecates itself, and says of some layers
+    that its vectorised backward is a loop.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
+
+
+@contextmanager
 def outside_transforms() -> Iterator[None]:
     """Suspends the caller's `torch.func` transforms, for work on tensors that are not theirs.
 
@@ -52,8 +66,20 @@ def outside_transforms() -> Iterator[None]:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a `torch.func` transform, which hides its values."""
+    """Whether a tensor belongs to a `torch.func` transform."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def has_hidden_values(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a ``vmap``, inside which it stands for many."""
+    return is_transformed(untransformed(tensor))
+
+
+def untransformed(tensor: Tensor) -> Tensor:
+    """The caller's tensor behind one that a ``grad`` or ``vjp`` follows."""
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 @contextmanager
@@ -159,6 +185,63 @@ def _embedding(
     )
 
 
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As `torch.nn.functional.instance_norm`: the group norm of single channels, if stateless."""
+    if use_input_stats and running_mean is None and input.ndim > 2:
+        return functional.group_norm(input, input.shape[1], weight, bias, eps)
+    others = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return functional.instance_norm(input, *others)
+
+
+def _mse_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """As `torch.nn.functional.mse_loss`, whose gradient has no forward derivative."""
+    reduced = _plain_reduction(input, target, options)
+    if reduced is None:
+        return functional.mse_loss(input, target, **options)
+    return reduced((input - target).square())
+
+
+def _huber_loss(input: Tensor, target: Tensor, delta: float = 1.0, **options: Any) -> Tensor:
+    """As `torch.nn.functional.huber_loss`, whose gradient has no forward derivative."""
+    reduced = _plain_reduction(input, target, options)
+    if reduced is None:
+        return functional.huber_loss(input, target, delta=delta, **options)
+    size = (input - target).abs()
+    return reduced(torch.where(size <= delta, size.square() / 2, delta * (size - delta / 2)))
+
+
+def _soft_margin_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """As `torch.nn.functional.soft_margin_loss`, whose gradient has no forward derivative."""
+    reduced = _plain_reduction(input, target, options)
+    if reduced is None:
+        return functional.soft_margin_loss(input, target, **options)
+    return reduced(functional.softplus(-target * input))
+
+
+def _plain_reduction(
+    input: Tensor, target: Tensor, options: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor] | None:
+    """How a loss without other options reduces; ``None`` leaves it to torch."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.keys() - {"reduction"} or input.shape != target.shape:
+        return None
+    return _REDUCTIONS.get(given.get("reduction", "mean"))
+
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "none": lambda losses: losses,
+}
 _EXPLICIT_WEIGHT_NORM: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm
 }
@@ -167,6 +250,10 @@ _EXPLICIT_LAYERS: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     functional.embedding: _embedding,
+    functional.instance_norm: _instance_norm,
+    functional.mse_loss: _mse_loss,
+    functional.huber_loss: _huber_loss,
+    functional.soft_margin_loss: _soft_margin_loss,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hessops.errors import ModelError
+from hessops.isolation import without_remarks
 from hessops.point_loss import REDUCTIONS, Loss, PointLoss, Reduction, map_points
 from hessops.snapshot import ModelSnapshot
 from hessops.space import ParameterSpace, RestrictTo
@@ -127,11 +127,7 @@ class Objective:
         Raises:
             ModelError: Torch cannot compute the product.
         """
-        with self.kernels(any_order=any_order), warnings.catch_warnings():
-            # Torch compiles its own forward derivatives with what it deprecates itself, and says
-            # of some layers that its vectorised backward is a loop.
-            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        with self.kernels(any_order=any_order), without_remarks():
             try:
                 yield
             except torch.OutOfMemoryError:

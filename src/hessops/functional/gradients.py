@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor
-from torch.func import grad
+from torch import Tensor, nn
+from torch.func import grad, jacrev, vjp
 
+from hessops.errors import ArgumentTypeError, HessopsError, ShapeError
+from hessops.functional.hvp import pull_rows
+from hessops.functional.losses import ModelFunctions, Params, space_of
 from hessops.functional.products import Stack, differentiable
 from hessops.objective import Objective
-from hessops.point_loss import map_points
+from hessops.point_loss import Loss, Reduction, map_points
 from hessops.streaming import Batch
 
 
@@ -82,3 +86,179 @@ def mean_gradient(
         name: torch.zeros_like(p) if g is None else g
         for (name, p), g in zip(leaves.items(), gradients, strict=True)
     }
+
+
+def create_per_sample_gradient_function(
+    model: nn.Module, loss: Loss, *, reduction: Reduction = "mean"
+) -> Callable[[Params, object, object], Stack]:
+    r"""The function ``(params, x, y)`` ↦ ``{name: (n, *shape)}``, the gradients of the points.
+
+    :math:`g_i = \nabla_\theta \ell_i(\theta)` by the parameters that are given. Vectorised over the
+    points where torch can, one backward pass per point elsewhere.
+
+    Args:
+        model: A module in eval mode; the function works on a copy. See
+            `create_batch_loss_function`.
+        loss: ``loss(output, target)``.
+        reduction: What `loss` returns.
+
+    Raises:
+        HessopsError: Here and from the returned function; see `Objective`.
+
+    Example:
+        >>> import torch
+        >>> from hessops.functional import create_per_sample_gradient_function
+        >>> gradients = create_per_sample_gradient_function(
+        ...     torch.nn.Linear(1, 1, bias=False), torch.nn.MSELoss()
+        ... )
+        >>> x, y = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)
+        >>> gradients({"weight": torch.ones(1, 1)}, x, y)["weight"].flatten()
+        tensor([ 2., 18.])
+    """
+    functions = ModelFunctions(model, loss, reduction)
+
+    def per_sample_gradient(params: Params, x: object, y: object) -> Stack:
+        values, batch = functions.params(params), functions.batch(x, y)
+        with functions.state():
+            return vectorised_or_looped(
+                lambda vectorize: per_sample_gradients(
+                    functions.objective, values, batch, vectorize=vectorize
+                )
+            )
+
+    return per_sample_gradient
+
+
+def create_per_sample_mixed_derivative_function(
+    model: nn.Module, loss: Loss, *, reduction: Reduction = "mean"
+) -> Callable[[Params, Tensor, object], Stack]:
+    r"""The function ``(params, x, y)`` ↦ :math:`\nabla_x \nabla_\theta \ell_i` of every point.
+
+    Args:
+        model: A module in eval mode that takes one floating-point tensor. See
+            `create_batch_loss_function`.
+        loss: ``loss(output, target)``.
+        reduction: What `loss` returns.
+
+    Returns:
+        A function to ``{name: (n, *x.shape[1:], *shape)}``; that many numbers, so callers bound n.
+
+    Raises:
+        ArgumentTypeError: From the returned function: x is not a floating-point tensor.
+        HessopsError: Here and from the returned function; see `Objective`.
+
+    Example:
+        >>> import torch
+        >>> from hessops.functional import create_per_sample_mixed_derivative_function
+        >>> mixed = create_per_sample_mixed_derivative_function(
+        ...     torch.nn.Linear(1, 1, bias=False), torch.nn.MSELoss()
+        ... )
+        >>> x, y = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)
+        >>> mixed({"weight": torch.ones(1, 1)}, x, y)["weight"].flatten()  # of (w x)^2: 4 w x
+        tensor([ 4., 12.])
+    """
+    functions = ModelFunctions(model, loss, reduction)
+
+    def per_sample_mixed_derivative(params: Params, x: Tensor, y: object) -> Stack:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ArgumentTypeError(
+                f"x must be a floating-point tensor to differentiate by, got {kind}"
+            )
+        values, batch = functions.params(params), functions.batch(x, y)
+        with functions.state():
+            return vectorised_or_looped(
+                lambda vectorize: _mixed_derivatives(
+                    functions.objective, values, batch, vectorize=vectorize
+                )
+            )
+
+    return per_sample_mixed_derivative
+
+
+def _mixed_derivatives(
+    objective: Objective, params: Params, batch: Batch, *, vectorize: bool
+) -> Stack:
+    def of_point(point: Batch) -> Stack:
+        def gradient_by_input(p: Params) -> Tensor:
+            def loss_at(x: object) -> Tensor:
+                return objective.batch_loss(p, replace(point, x=x))
+
+            gradient: Tensor = grad(loss_at)(point.x)
+            return gradient[0]
+
+        # One row at a time in the loop, where a kernel has no batching rule.
+        jacobian = jacrev(gradient_by_input, chunk_size=None if vectorize else 1)
+        mixed: Stack = jacobian(dict(params))
+        return mixed
+
+    if vectorize:
+        return map_points(of_point, batch)
+    points = [batch.rows(slice(i, i + 1), 1) for i in range(batch.size)]
+    pieces = [of_point(point) for point in points]
+    return {name: torch.stack([piece[name] for piece in pieces]) for name in params}
+
+
+def create_matrix_jacobian_product_function(
+    model: nn.Module, loss: Loss, g: Tensor, *, reduction: Reduction = "mean"
+) -> Callable[[Params, object, object], Tensor]:
+    r"""The function ``(params, x, y)`` ↦ :math:`G J^\top`, shape ``(m, n)``.
+
+    Entry (j, i) is :math:`\langle G_j, \nabla_\theta \ell_i(\theta)\rangle`. J v is computed as the
+    derivative of :math:`u \mapsto \langle J^\top u, v\rangle`, without per-sample gradients and
+    without forward mode.
+
+    Args:
+        model: A module in eval mode; the function works on a copy. See
+            `create_batch_loss_function`.
+        loss: ``loss(output, target)``.
+        g: G, ``(m, P)`` in the flat order of the parameters that are given later.
+        reduction: What `loss` returns.
+
+    Raises:
+        ShapeError: `g` is not ``(m, P)``; for P, from the returned function.
+        DtypeError: `g` is of another dtype than the parameters.
+        HessopsError: Here and from the returned function; see `Objective`.
+
+    Example:
+        >>> import torch
+        >>> from hessops.functional import create_matrix_jacobian_product_function
+        >>> product = create_matrix_jacobian_product_function(
+        ...     torch.nn.Linear(1, 1, bias=False), torch.nn.MSELoss(), torch.tensor([[1.0], [0.5]])
+        ... )
+        >>> x, y = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)
+        >>> product({"weight": torch.ones(1, 1)}, x, y)
+        tensor([[ 2., 18.],
+                [ 1.,  9.]])
+    """
+    if not isinstance(g, Tensor) or g.ndim != 2:
+        shape = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
+        raise ShapeError(f"g must be a tensor of shape (m, P), got {shape}")
+    functions = ModelFunctions(model, loss, reduction)
+
+    def matrix_jacobian_product(params: Params, x: object, y: object) -> Tensor:
+        values, batch = functions.params(params), functions.batch(x, y)
+        space = space_of(values)
+        if g.shape[1] != space.size or g.dtype != space.dtype:
+            raise ShapeError(
+                f"g has shape {tuple(g.shape)} and {g.dtype}, expected (m, {space.size}) and "
+                f"{space.dtype}, the size of the given parameters"
+            )
+        with functions.state():
+            # Indexed, because vjp is annotated as if it always returned an auxiliary output too.
+            traversal = vjp(lambda p: functions.objective.sample_losses(p, batch), values)
+            losses, pull = traversal[0], traversal[1]
+            push = vjp(lambda u: space.flatten(pull(u)[0]), torch.zeros_like(losses))[1]
+            return pull_rows(push, g.to(space.device))
+
+    return matrix_jacobian_product
+
+
+def vectorised_or_looped(compute: Callable[[bool], Stack]) -> Stack:
+    """`compute(True)`, or `compute(False)` where torch cannot vectorise it."""
+    try:
+        return compute(True)
+    except (torch.OutOfMemoryError, HessopsError):
+        raise
+    except Exception:  # control flow on values, or a kernel without a batching rule
+        return compute(False)

@@ -19,6 +19,8 @@ class LowRankProductRepresentation:
         eigen_vals: The diagonal of D, shape ``(r,)``.
         projections: V, shape ``(P, r)``; the columns need not be orthonormal, see
             `orthonormalized`.
+        clipped: Whether this approximates only the positive part of an indefinite matrix, as a
+            sketch of one does.
 
     Raises:
         ShapeError: Other dimensions, or ranks that disagree.
@@ -39,6 +41,7 @@ class LowRankProductRepresentation:
 
     eigen_vals: Tensor
     projections: Tensor
+    clipped: bool = False
 
     def __post_init__(self) -> None:
         for name, tensor in (("eigen_vals", self.eigen_vals), ("projections", self.projections)):

@@ -29,6 +29,7 @@ class StackedGradient:
 
     Attributes:
         vectorize: Whether several passes are tried at once.
+        create_graph: Whether the results can be differentiated again.
 
     Example:
         >>> import torch
@@ -40,6 +41,7 @@ class StackedGradient:
     """
 
     vectorize: bool = True
+    create_graph: bool = False
 
     def __call__(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]
@@ -83,6 +85,7 @@ class StackedGradient:
                 retain_graph=True,
                 allow_unused=True,
                 is_grads_batched=True,
+                create_graph=self.create_graph,
             )
         except torch.OutOfMemoryError:
             raise
@@ -90,9 +93,8 @@ class StackedGradient:
             self.vectorize = False
             return None
 
-    @staticmethod
     def _one_by_one(
-        outputs: list[Tensor], inputs: Sequence[Tensor], rows: list[Tensor]
+        self, outputs: list[Tensor], inputs: Sequence[Tensor], rows: list[Tensor]
     ) -> Sequence[Tensor | None]:
         passes = [
             torch.autograd.grad(
@@ -101,6 +103,7 @@ class StackedGradient:
                 [weight[i] for weight in rows],
                 retain_graph=True,
                 allow_unused=True,
+                create_graph=self.create_graph,
             )
             for i in range(len(rows[0]))
         ]
@@ -119,6 +122,8 @@ def hessian_products(
     function: Callable[[dict[str, Tensor]], Tensor],
     params: Params,
     stacked_gradient: StackedGradient | None = None,
+    *,
+    track_gradients: bool = False,
 ) -> LinearFunction:
     r"""The map V ↦ HV of the Hessian of a scalar function, by double backward.
 
@@ -131,9 +136,11 @@ def hessian_products(
         function: From a dictionary of parameters to a tensor ``()``.
         params: Where to take the Hessian.
         stacked_gradient: Reused between calls, it remembers whether vectorising works.
+        track_gradients: The products have a graph that leads to `params`, which must record
+            gradients, and to the vectors.
 
     Returns:
-        A map of stacks ``{name: (k, *shape)}``, linear and without a graph.
+        A map of stacks ``{name: (k, *shape)}``, linear and, by default, without a graph.
 
     Example:
         >>> import torch
@@ -143,8 +150,8 @@ def hessian_products(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    gradient_of = stacked_gradient or StackedGradient()
-    leaves = differentiable(params)
+    gradient_of = stacked_gradient or StackedGradient(create_graph=track_gradients)
+    leaves = dict(params) if track_gradients else differentiable(params)
     with torch.enable_grad():
         gradients = _gradient_with_graph([function(leaves)], None, list(leaves.values()))
 
