@@ -5,6 +5,7 @@ inverses are operators that stream over a ``DataLoader``, act on flat tensors or
 tensors, and can be added, shifted, composed and inverted.
 """
 
+from hessops import ihvp
 from hessops.batch import (
     Averaging,
     BatchOperation,
@@ -16,7 +17,31 @@ from hessops.batch import (
     ModelBatchOperation,
     PointAveraging,
 )
-from hessops.functional import LowRankProductRepresentation
+from hessops.functional import (
+    LowRankProductRepresentation,
+    batch_hvp_gen,
+    batch_loss_function,
+    create_batch_hvp_function,
+    create_batch_loss_function,
+    create_empirical_loss_function,
+    create_hvp_function,
+    create_matrix_jacobian_product_function,
+    create_per_sample_gradient_function,
+    create_per_sample_loss_function,
+    create_per_sample_mixed_derivative_function,
+    empirical_loss_function,
+    gauss_newton,
+    get_hvp_function,
+    hessian,
+    hvp,
+    lanczos_low_rank_hessian_approx,
+    lanzcos_low_rank_hessian_approx,
+    model_hessian_low_rank,
+    model_hessian_nystroem_approximation,
+    operator_nystroem_approximation,
+    operator_spectral_approximation,
+    randomized_nystroem_approximation,
+)
 from hessops.objective import Objective
 from hessops.operators import (
     BatchOperator,
@@ -82,4 +107,27 @@ __all__ = [
     "SolveStatus",
     "TensorDictOperator",
     "TensorOperator",
+    "batch_hvp_gen",
+    "batch_loss_function",
+    "create_batch_hvp_function",
+    "create_batch_loss_function",
+    "create_empirical_loss_function",
+    "create_hvp_function",
+    "create_matrix_jacobian_product_function",
+    "create_per_sample_gradient_function",
+    "create_per_sample_loss_function",
+    "create_per_sample_mixed_derivative_function",
+    "empirical_loss_function",
+    "gauss_newton",
+    "get_hvp_function",
+    "hessian",
+    "hvp",
+    "ihvp",
+    "lanczos_low_rank_hessian_approx",
+    "lanzcos_low_rank_hessian_approx",
+    "model_hessian_low_rank",
+    "model_hessian_nystroem_approximation",
+    "operator_nystroem_approximation",
+    "operator_spectral_approximation",
+    "randomized_nystroem_approximation",
 ]
