@@ -17,7 +17,12 @@ from hessops.errors import (
     ShapeError,
     StructureError,
 )
-from hessops.functional.eigenpairs import EigenProblem, VectorProduct, largest_eigenpairs
+from hessops.functional.eigenpairs import (
+    EigenProblem,
+    VectorProduct,
+    cupy_modules,
+    largest_eigenpairs,
+)
 from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.randomness import resolved_generator, standard_normal
 from hessops.validation import checked_count, checked_number, resolved_device
@@ -105,10 +110,8 @@ def lanczos_low_rank_hessian_approx(
     rows, columns = matrix_shape
     if rows != columns:
         raise ShapeError(f"matrix_shape must be square, got {tuple(matrix_shape)}")
-    if eigen_computation_on_gpu and (device is None or torch.device(device).type != "cuda"):
-        raise ArgumentError(
-            f"eigen_computation_on_gpu=True needs device to be a CUDA device, got {device}"
-        )
+    if eigen_computation_on_gpu:
+        _require_gpu(device)
     perturbation = checked_number(hessian_perturbation, "hessian_perturbation")
     checked_count(rank_estimate, "rank_estimate")
     if krylov_dimension is not None and krylov_dimension <= rank_estimate:
@@ -128,6 +131,15 @@ def lanczos_low_rank_hessian_approx(
     source = resolved_generator(generator)
     values, vectors = largest_eigenpairs(problem, source, on_gpu=eigen_computation_on_gpu)
     return LowRankProductRepresentation(values, vectors)
+
+
+def _require_gpu(device: torch.device | str | None) -> None:
+    advice = "eigen_computation_on_gpu=True needs device to be a CUDA device"
+    if device is None:
+        raise ArgumentError(f"{advice}, got None")
+    cupy_modules()
+    if torch.device(device).type != "cuda":
+        raise ArgumentError(f"{advice}, got {device}")
 
 
 # The name under which pyDVL has it.

@@ -125,12 +125,12 @@ def largest_eigenpairs(
         StructureError: The map is not symmetric.
         NonFiniteProductError: A product is NaN or infinite.
     """
-    cupy_modules = _cupy_modules() if on_gpu else None
+    gpu_modules = cupy_modules() if on_gpu else None
     problem.require_symmetry(generator)
     if problem.rank >= problem.size:
         values, vectors = _dense_eigenpairs(problem)
-    elif cupy_modules is not None:
-        values, vectors = _cupy_eigenpairs(problem, generator, *cupy_modules)
+    elif gpu_modules is not None:
+        values, vectors = _cupy_eigenpairs(problem, generator, *gpu_modules)
     else:
         values, vectors = _arpack_eigenpairs(problem, generator)
     if len(values) < min(problem.rank, problem.size):
@@ -184,7 +184,12 @@ def _arpack_eigenpairs(problem: EigenProblem, generator: torch.Generator) -> tup
     )
 
 
-def _cupy_modules() -> tuple[ModuleType, ModuleType]:
+def cupy_modules() -> tuple[ModuleType, ModuleType]:
+    """The package cupy and its sparse eigen-solvers.
+
+    Raises:
+        ImportError: Cupy is not installed.
+    """
     try:
         return importlib.import_module("cupy"), importlib.import_module("cupyx.scipy.sparse.linalg")
     except ImportError as error:

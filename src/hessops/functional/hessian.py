@@ -147,6 +147,7 @@ class EmpiricalHessian:
     ) -> None:
         self.objective = Objective(model, loss, restrict_to, reduction=reduction)
         self._stream = CheckedStream(data_loader, self.objective.device, self._check, unpack)
+        self._symmetry_is_checked = False
         self._use_average = use_average
         self._forward = not reverse_only and not precompute_grad
         self._track = track_gradients
@@ -175,8 +176,9 @@ class EmpiricalHessian:
 
     def _check(self, batch: Batch) -> None:
         self.objective.check(batch)
-        if batch.position == 0:
+        if not self._symmetry_is_checked:
             check_symmetry(self.objective, batch)
+            self._symmetry_is_checked = True
         if self._forward:
             function = partial(self.objective.batch_loss, batch=batch)
             with self.objective.differentiating("the Hessian", any_order=True):
