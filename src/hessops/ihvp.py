@@ -12,34 +12,37 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from hessops.errors import ConvergenceWarning, IHVPUsageError, ModelError
+from hessops.errors import ArgumentError, ArgumentTypeError, ConvergenceWarning, IHVPUsageError
+from hessops.functional.checks import require_forward_agreement, require_symmetry
 from hessops.functional.hvp import (
     explaining_forward_mode,
     product_state,
     pull_rows,
-    require_equal_modes,
     single_element,
 )
 from hessops.functional.krylov import ritz_pairs
 from hessops.functional.low_rank import LowRankProductRepresentation
+from hessops.functional.products import LinearFunction
 from hessops.isolation import is_transformed, isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.dense import DirectSolveOperator
 from hessops.operators.inverse import default_rtol
 from hessops.operators.low_rank import LowRankOperator
 from hessops.operators.solution import SolveStatus
-from hessops.randomness import resolved_generator, standard_normal
+from hessops.randomness import resolved_generator
 from hessops.solvers.conjugate_gradient import CgOperator
 from hessops.solvers.lissa import lissa_recursion
+from hessops.space import ParameterSpace
+from hessops.validation import checked_count, checked_number
 
 __all__ = [
     "IHVPUsageError",
@@ -252,7 +255,7 @@ def ihvp_cg(
         tensor([1.0000, 0.5000])
     """
     settings = _Settings.checked(func, argnums, mode, regularization)
-    _checked_iterations(max_iter, tol)
+    _check_iterations(max_iter, tol)
     return lambda x, v: _cg_at(settings, x, max_iter, tol)(v)
 
 
@@ -286,7 +289,7 @@ def ihvp_at_x_cg(
         >>> solve(torch.tensor([6.0, 6.0])).round(decimals=4)
         tensor([1.0000, 0.5000])
     """
-    _checked_iterations(max_iter, tol)
+    _check_iterations(max_iter, tol)
     return _cg_at(_Settings.checked(func, argnums, mode, regularization), x, max_iter, tol)
 
 
@@ -359,7 +362,7 @@ def ihvp_arnoldi(
         tensor([1.0000, 0.5000])
     """
     settings = _Settings.checked(func, argnums, mode, regularization)
-    krylov = _Krylov.checked(max_iter, None, 1.0, tol, generator)
+    krylov = _Krylov(max_iter, None, 1.0, tol, generator)
     return lambda x, v: krylov.inverse_at(settings, x)(v)
 
 
@@ -409,7 +412,7 @@ def ihvp_at_x_arnoldi(
         tensor([0.0000, 0.5000])
     """
     settings = _Settings.checked(func, argnums, mode, regularization)
-    krylov = _Krylov.checked(max_iter, top_k, norm_constant, tol, generator)
+    krylov = _Krylov(max_iter, top_k, norm_constant, tol, generator)
     return krylov.inverse_at(settings, x)
 
 
@@ -423,21 +426,12 @@ class _Krylov:
     tol: float
     generator: torch.Generator | None
 
-    @classmethod
-    def checked(
-        cls,
-        max_iter: int,
-        top_k: int | None,
-        norm_constant: float,
-        tol: float,
-        generator: torch.Generator | None,
-    ) -> _Krylov:
-        _checked_iterations(max_iter, tol)
-        if top_k is not None:
-            _require_count(top_k, "top_k")
-        if not _is_number(norm_constant) or not norm_constant > 0:
-            raise IHVPUsageError(f"norm_constant must be positive, got {norm_constant!r}")
-        return cls(max_iter, top_k, float(norm_constant), tol, generator)
+    def __post_init__(self) -> None:
+        _check_iterations(self.max_iter, self.tol)
+        with _as_usage_error():
+            if self.top_k is not None:
+                checked_count(self.top_k, "top_k")
+            checked_number(self.norm_constant, "norm_constant", minimum=0, exclusive=True)
 
     def inverse_at(self, settings: _Settings, x: Arguments) -> Callable[[Tensor], Tensor]:
         target = _Target.at(settings, x)
@@ -520,7 +514,7 @@ def ihvp_lissa(
         tensor([0.5000])
     """
     settings = _Settings.checked(func, argnums, mode, 0.0)
-    recursion = _Recursion.checked(
+    recursion = _Recursion(
         batch_size, num_repeat, recursion_depth, damping, scaling, collate_fn, generator
     )
 
@@ -588,7 +582,7 @@ def ihvp_at_x_lissa(
         tensor([0.5000])
     """
     settings = _Settings.checked(func, argnums, mode, 0.0)
-    recursion = _Recursion.checked(
+    recursion = _Recursion(
         batch_size, num_repeat, recursion_depth, damping, scaling, collate_fn, generator
     )
     return recursion.inverse_at(settings, x, in_dims)
@@ -606,39 +600,15 @@ class _Recursion:
     collate_fn: Callable[[Arguments], Arguments] | None
     generator: torch.Generator | None
 
-    @classmethod
-    def checked(
-        cls,
-        batch_size: int,
-        num_repeat: int,
-        recursion_depth: int,
-        damping: float,
-        scaling: float,
-        collate_fn: Callable[[Arguments], Arguments] | None,
-        generator: torch.Generator | None,
-    ) -> _Recursion:
-        counts = {
-            "batch_size": batch_size,
-            "num_repeat": num_repeat,
-            "recursion_depth": recursion_depth,
-        }
-        for name, count in counts.items():
-            _require_count(count, name)
-        if not _is_number(damping) or damping < 0:
-            raise IHVPUsageError(f"damping must be a number >= 0, got {damping!r}")
-        if not _is_number(scaling) or not scaling > 0:
-            raise IHVPUsageError(f"scaling must be positive, got {scaling!r}")
-        if collate_fn is not None and not callable(collate_fn):
-            raise IHVPUsageError(f"collate_fn must be callable or None, got {collate_fn!r}")
-        return cls(
-            batch_size,
-            num_repeat,
-            recursion_depth,
-            float(damping),
-            float(scaling),
-            collate_fn,
-            generator,
-        )
+    def __post_init__(self) -> None:
+        with _as_usage_error():
+            checked_count(self.batch_size, "batch_size")
+            checked_count(self.num_repeat, "num_repeat")
+            checked_count(self.recursion_depth, "recursion_depth")
+            checked_number(self.damping, "damping", minimum=0)
+            checked_number(self.scaling, "scaling", minimum=0, exclusive=True)
+        if self.collate_fn is not None and not callable(self.collate_fn):
+            raise IHVPUsageError(f"collate_fn must be callable or None, got {self.collate_fn!r}")
 
     def inverse_at(
         self, settings: _Settings, x: Arguments, in_dims: InDims
@@ -744,9 +714,9 @@ class _Settings:
             raise IHVPUsageError(
                 f"argnums must be an integer or a non-empty tuple of them, got {argnums!r}"
             )
-        if not _is_number(regularization):
-            raise IHVPUsageError(f"regularization must be a finite number, got {regularization!r}")
-        return cls(func, numbers, mode, float(regularization))
+        with _as_usage_error():
+            shift = checked_number(regularization, "regularization")
+        return cls(func, numbers, mode, shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -825,6 +795,10 @@ class _Target:
         """The differentiated arguments as one vector ``(p,)``."""
         return torch.cat([argument.reshape(-1) for argument in self.arguments])
 
+    def space(self) -> ParameterSpace:
+        """The flat vectors, under one name."""
+        return ParameterSpace.from_tensors({"v": self.flat()})
+
     def value(self, flat: Tensor) -> Tensor:
         """The function of the flat vector."""
         arguments, start = list(self.x), 0
@@ -850,16 +824,20 @@ class _Target:
                 return (jvp(gradient, (flat,), (row,))[1],)
 
         with product_state(self.arguments):
-            pull = vjp(gradient, flat)[1] if verify or not forward else push
+            by_row = push if forward else vjp(gradient, flat)[1]
             if verify and forward:
-                probe = _probes(self, 1)[0]
-                require_equal_modes(push(probe)[0], pull(probe)[0])
+                require_forward_agreement(
+                    _on_stacks(partial(pull_rows, push)),
+                    _on_stacks(partial(pull_rows, vjp(gradient, flat)[1])),
+                    self.space(),
+                    "mode='rev-fwd'",
+                )
 
         def multiply(rows: Tensor) -> Tensor:
             if len(rows) == 0:
                 return torch.zeros_like(rows)
             with product_state(self.arguments):
-                result = pull_rows(push if forward else pull, rows)
+                result = pull_rows(by_row, rows)
             shift = self.settings.regularization
             return result + shift * rows if shift else result
 
@@ -915,28 +893,16 @@ class _Hessian(TensorOperator):
         super().__init__(kept.size, first.dtype, first.device, symmetric=True)
         with isolated(self.device):
             self._multiply = kept.linearized(verify=True)
-            self._require_symmetry(_probes(kept, 2))
-
-    def _require_symmetry(self, probes: Tensor) -> None:
-        u, v = probes.double()
-        au, av = self._multiply(probes).double()
-        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(self.dtype, 0.3)
-        if not (u.dot(av) - v.dot(au)).abs() <= tolerance * (au.norm() + av.norm()):
-            raise ModelError(
-                "the Hessian of func is not symmetric, so that second derivatives are wrong: a "
-                "custom autograd.Function whose backward is not differentiable?"
-            )
+            what = "the products with the Hessian of func"
+            require_symmetry(_on_stacks(self._multiply), kept.space(), what)
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
         return self._multiply(rows)
 
 
-def _probes(target: _Target, count: int) -> Tensor:
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    first = target.arguments[0]
-    dtype = first.dtype if first.dtype == torch.float64 else torch.float32
-    drawn = standard_normal((count, target.size), generator, dtype=dtype, device=first.device)
-    return drawn.to(first.dtype)
+def _on_stacks(multiply: Callable[[Tensor], Tensor]) -> LinearFunction:
+    """A map of rows as a map of stacks of `_Target.space`."""
+    return lambda stack: {"v": multiply(stack["v"])}
 
 
 def _solved_by(target: _Target, inverse: TensorOperator, v: Tensor) -> Tensor:
@@ -944,17 +910,16 @@ def _solved_by(target: _Target, inverse: TensorOperator, v: Tensor) -> Tensor:
     return inverse.apply(v)
 
 
-def _is_number(value: object) -> bool:
-    is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real and abs(float(value)) < float("inf")  # type: ignore[arg-type]  # it is Real
+@contextmanager
+def _as_usage_error() -> Iterator[None]:
+    """What the checks of single arguments refuse is a misuse here."""
+    try:
+        yield
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise IHVPUsageError(str(error)) from None
 
 
-def _require_count(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise IHVPUsageError(f"{name} must be an integer >= 1, got {value!r}")
-
-
-def _checked_iterations(max_iter: int, tol: float) -> None:
-    _require_count(max_iter, "max_iter")
-    if not _is_number(tol) or tol < 0:
-        raise IHVPUsageError(f"tol must be a number >= 0, got {tol!r}")
+def _check_iterations(max_iter: int, tol: float) -> None:
+    with _as_usage_error():
+        checked_count(max_iter, "max_iter")
+        checked_number(tol, "tol", minimum=0)

@@ -70,11 +70,6 @@ def is_transformed(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-def has_hidden_values(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a ``vmap``, inside which it stands for many."""
-    return is_transformed(untransformed(tensor))
-
-
 def untransformed(tensor: Tensor) -> Tensor:
     """The caller's tensor behind one that a ``grad`` or ``vjp`` follows."""
     while torch._C._functorch.is_gradtrackingtensor(tensor):

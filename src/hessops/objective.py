@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from hessops.errors import ModelError
 from hessops.isolation import without_remarks
-from hessops.point_loss import REDUCTIONS, Loss, PointLoss, Reduction, map_points
+from hessops.point_loss import Loss, PointLoss, Reduction
 from hessops.snapshot import ModelSnapshot
 from hessops.space import ParameterSpace, RestrictTo
 from hessops.streaming import Batch
 from hessops.verification import Verification
-
-__all__ = ["REDUCTIONS", "Loss", "Objective", "Reduction", "map_points"]
 
 
 class Objective:

@@ -13,8 +13,7 @@ from torch import nn
 from hessops.batch.operation import BatchOperation
 from hessops.errors import ArgumentError, ForwardModeError
 from hessops.functional.checks import require_forward_agreement, require_symmetry
-from hessops.functional.columns import columns_that_fit, in_column_chunks
-from hessops.functional.memory import RetainedBytes
+from hessops.functional.columns import chunked
 from hessops.functional.products import LinearFunction, Stack, StackedGradient
 from hessops.objective import Objective
 from hessops.point_loss import Loss, Reduction
@@ -90,14 +89,10 @@ class ModelBatchOperation(BatchOperation):
         return self.objective.differentiating(type(self).__name__)
 
     def _reverse_product(self, batch: Batch, tensors: Stack) -> Stack:
-        num_rows = len(next(iter(tensors.values())))
-        if num_rows == 1:
-            return self._linearize(batch, forward_mode=False)(tensors)
-        retained = RetainedBytes()
-        with retained.counting():
-            product = self._linearize(batch, forward_mode=False)
-        chunk = self.chunk_size or columns_that_fit(self.space, retained.total)
-        return in_column_chunks(product, tensors, chunk)
+        linearize = partial(self._linearize, batch, forward_mode=False)
+        if len(next(iter(tensors.values()))) == 1:
+            return linearize()(tensors)
+        return chunked(linearize, self.space, self.chunk_size)(tensors)
 
     def _forward_product(self, batch: Batch, tensors: Stack) -> Stack:
         try:

@@ -10,6 +10,29 @@ from hessops.functional.products import LinearFunction
 from hessops.space import ParameterSpace
 
 
+def excess_asymmetry(probes: Tensor, products: Tensor) -> float | None:
+    """|⟨u, Av⟩ − ⟨v, Au⟩| / (‖Au‖ + ‖Av‖) where it is beyond rounding, and ``None`` where not.
+
+    Args:
+        probes: Normal random u and v, ``(2, n)``.
+        products: Au and Av.
+    """
+    u, v = probes.double()
+    au, av = products.double()
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(probes.dtype, 0.3)
+    # For normal u the form ⟨u, Av⟩ is of the size of ‖Av‖.
+    difference, scale = (u.dot(av) - v.dot(au)).abs(), au.norm() + av.norm()
+    # Negated, so that NaN is an excess.
+    return None if difference <= tolerance * scale else (difference / scale).item()
+
+
+def excess_difference(forward: Tensor, reverse: Tensor) -> float | None:
+    """‖forward − reverse‖ / ‖reverse‖ where it is beyond rounding, and ``None`` where not."""
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(reverse.dtype, 5e-2)
+    difference, scale = (forward - reverse).double().norm(), reverse.double().norm()
+    return None if difference <= tolerance * scale else (difference / scale).item()
+
+
 def random_probes(space: ParameterSpace, count: int, seed: int) -> Tensor:
     """Normal random vectors ``(count, P)``, the same on every device; no generator advances.
 
@@ -53,15 +76,11 @@ def require_symmetry(
         hessops.errors.ModelError: rotations are not symmetric ...
     """
     probes = random_probes(space, 2, seed)
-    u, v = probes.double()
-    au, av = space.flatten(product(space.unflatten(probes))).double()
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(space.dtype, 0.3)
-    # For normal u the form ⟨u, Av⟩ is of the size of ‖Av‖.
-    difference, scale = (u.dot(av) - v.dot(au)).abs(), au.norm() + av.norm()
-    if not difference <= tolerance * scale:
+    asymmetry = excess_asymmetry(probes, space.flatten(product(space.unflatten(probes))))
+    if asymmetry is not None:
         raise ModelError(
             f"{what} are not symmetric "
-            f"(by {difference / scale:.1e} relative), so that second derivatives of this model "
+            f"(by {asymmetry:.1e} relative), so that second derivatives of this model "
             "or loss are wrong: a custom autograd.Function whose backward is not "
             "differentiable? Write the layer in torch operations"
         )
@@ -102,12 +121,10 @@ def require_forward_agreement(
         hessops.errors.ForwardModeError: the product differs from reverse mode by ...
     """
     probe = space.unflatten(random_probes(space, 1, seed))
-    forward_value, reverse_value = space.flatten(forward(probe)), space.flatten(reverse(probe))
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(space.dtype, 5e-2)
-    difference, scale = (forward_value - reverse_value).norm(), reverse_value.norm()
-    if not difference <= tolerance * scale:
+    difference = excess_difference(space.flatten(forward(probe)), space.flatten(reverse(probe)))
+    if difference is not None:
         raise ForwardModeError(
             f"{what} differs from reverse mode by "
-            f"{difference / scale:.1e} relative (a layer whose forward derivative torch gets "
+            f"{difference:.1e} relative (a layer whose forward derivative torch gets "
             "wrong, such as LayerNorm or Embedding(padding_idx=...)); use mode='rev-rev'"
         )

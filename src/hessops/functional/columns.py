@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
+from hessops.functional.memory import RetainedBytes
 from hessops.functional.products import LinearFunction, Stack
 from hessops.space import ParameterSpace
 
@@ -58,3 +62,21 @@ def in_column_chunks(product: LinearFunction, stack: Stack, chunk: int) -> Stack
         for start in range(0, num_rows, chunk)
     ]
     return {name: torch.cat([piece[name] for piece in pieces]) for name in stack}
+
+
+def chunked(
+    linearize: Callable[[], LinearFunction], space: ParameterSpace, chunk: int | None = None
+) -> LinearFunction:
+    """The map that a traversal of a model yields, with its columns in chunks.
+
+    Args:
+        linearize: Traverses the model; what its graph retains is counted.
+        space: Where the vectors live.
+        chunk: The most vectors at once; ``None`` takes as many as fit.
+    """
+    retained = RetainedBytes()
+    with retained.counting():
+        product = linearize()
+    return partial(
+        in_column_chunks, product, chunk=chunk or columns_that_fit(space, retained.total)
+    )

@@ -12,7 +12,7 @@ from torch.func import grad, jvp, vjp
 
 from hessops.errors import MemoryLimitError
 from hessops.functional.checks import require_forward_agreement, require_symmetry
-from hessops.functional.columns import columns_that_fit, in_column_chunks
+from hessops.functional.columns import chunked
 from hessops.functional.gradients import per_sample_gradients, vectorised_or_looped
 from hessops.functional.hvp import explaining_forward_mode, pull_rows, require_equal_modes
 from hessops.functional.losses import (
@@ -22,10 +22,8 @@ from hessops.functional.losses import (
     mean_over_batches,
     space_of,
 )
-from hessops.functional.memory import RetainedBytes
 from hessops.functional.products import (
     LinearFunction,
-    Stack,
     StackedGradient,
     forward_over_reverse_products,
     hessian_products,
@@ -49,7 +47,7 @@ def create_batch_hvp_function(
     r"""The function ``(params, x, y, vec)`` ↦ :math:`H v` of the mean loss of a batch.
 
     Composes with `torch.func` and autograd, see `create_batch_loss_function`. A new batch is
-    checked when it is first seen, second derivatives and forward mode included.
+    checked when it is first seen, second derivatives included; forward mode in every call.
 
     Args:
         model: A module in eval mode; the function works on a copy.
@@ -86,22 +84,19 @@ def create_batch_hvp_function(
         def push(row: Tensor) -> tuple[Tensor, ...]:
             return (space.flatten(jvp(gradient, (values,), (space.unflatten(row),))[1]),)
 
-        def pull(row: Tensor) -> tuple[Tensor, ...]:
-            return (space.flatten(vjp(gradient, values)[1](space.unflatten(row))[0]),)
+        def puller() -> Callable[[Tensor], tuple[Tensor, ...]]:
+            backward = vjp(gradient, values)[1]
+            return lambda row: (space.flatten(backward(space.unflatten(row))[0]),)
 
         with functions.state():
             if reverse_only:
-                backward = vjp(gradient, values)[1]
-                result = pull_rows(
-                    lambda row: (space.flatten(backward(space.unflatten(row))[0]),), rows
-                )
-            else:
-                with explaining_forward_mode():
-                    result = pull_rows(push, rows)
-                tensors = (*values.values(), vec)
-                if len(rows) and not any(is_transformed(t) for t in tensors):
-                    require_equal_modes(result[0], pull(rows[0])[0])
-        return result.reshape(vec.shape)
+                return pull_rows(puller(), rows).reshape(vec.shape)
+            with explaining_forward_mode():
+                result = pull_rows(push, rows)
+            tensors = (*values.values(), vec)
+            if len(rows) and not any(is_transformed(t) for t in tensors):
+                require_equal_modes(result[0], puller()(rows[0])[0])
+            return result.reshape(vec.shape)
 
     return batch_hvp
 
@@ -137,13 +132,13 @@ class EmpiricalHessian:
         loss: Loss,
         data_loader: Iterable[object],
         *,
-        precompute_grad: bool,
-        use_average: bool,
-        reverse_only: bool,
-        track_gradients: bool,
-        reduction: Reduction,
-        unpack: Unpack | None,
-        restrict_to: RestrictTo | None,
+        precompute_grad: bool = False,
+        use_average: bool = True,
+        reverse_only: bool = True,
+        track_gradients: bool = False,
+        reduction: Reduction = "mean",
+        unpack: Unpack | None = None,
+        restrict_to: RestrictTo | None = None,
     ) -> None:
         self.objective = Objective(model, loss, restrict_to, reduction=reduction)
         self._stream = CheckedStream(data_loader, self.objective.device, self._check, unpack)
@@ -159,7 +154,6 @@ class EmpiricalHessian:
             else self.objective.params
         )
         self._stacked_gradient = StackedGradient(create_graph=track_gradients)
-        self._retained = RetainedBytes()
         self._kept: list[tuple[LinearFunction, int]] | None = None
         if precompute_grad:
             with self._state():
@@ -207,10 +201,14 @@ class EmpiricalHessian:
         """The map V ↦ HV for one of the loss functions."""
         if self._forward:
             return forward_over_reverse_products(function, self._params)
-        with self._retained.counting():
-            return hessian_products(
-                function, self._params, self._stacked_gradient, track_gradients=self._track
-            )
+        reverse = partial(
+            hessian_products,
+            function,
+            self._params,
+            self._stacked_gradient,
+            track_gradients=self._track,
+        )
+        return chunked(reverse, self.objective.space)
 
     def __call__(self, vec: Tensor) -> Tensor:
         """H times a vector ``(P,)`` or the rows of ``(k, P)``."""
@@ -224,16 +222,9 @@ class EmpiricalHessian:
             stack = space.unflatten(rows)
             total, weights = torch.zeros_like(rows), 0
             for product, weight in self._kept if self._kept is not None else self._linearized():
-                total = total + weight * space.flatten(self.multiply(product, stack))
+                total = total + weight * space.flatten(product(stack))
                 weights += weight
             return (total / weights).reshape(vec.shape)
-
-    def multiply(self, product: LinearFunction, stack: Stack) -> Stack:
-        """A product in chunks of columns that bound its memory."""
-        chunk = columns_that_fit(self.objective.space, self._retained.total)
-        if self._kept is None:
-            self._retained = RetainedBytes()
-        return in_column_chunks(product, stack, chunk)
 
     def products_by_batch(self) -> Iterator[HvpFunction]:
         """One product function per batch."""
@@ -242,9 +233,8 @@ class EmpiricalHessian:
         def of_batch(function: LossFunction, vec: Tensor) -> Tensor:
             rows = checked_rows(vec, space.size, space.dtype, space.device, "vec")
             with self._state():
-                stack = space.unflatten(rows)
-                product = space.flatten(self.multiply(self.linearize(function), stack))
-            return product.reshape(vec.shape)
+                product = self.linearize(function)(space.unflatten(rows))
+                return space.flatten(product).reshape(vec.shape)
 
         for function, _ in self.loss_functions():
             yield partial(of_batch, function)
@@ -400,13 +390,9 @@ def batch_hvp_gen(
         model,
         loss,
         data_loader,
-        precompute_grad=False,
-        use_average=True,
         reverse_only=reverse_only,
-        track_gradients=False,
         reduction=reduction,
         unpack=unpack,
-        restrict_to=None,
     )
     return by_batch.products_by_batch()
 
@@ -453,9 +439,7 @@ def hessian(
         model,
         loss,
         data_loader,
-        precompute_grad=False,
         use_average=use_hessian_avg,
-        reverse_only=True,
         track_gradients=track_gradients,
         reduction=reduction,
         unpack=unpack,

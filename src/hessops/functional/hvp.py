@@ -19,6 +19,7 @@ from hessops.errors import (
     ParameterNameError,
     ShapeError,
 )
+from hessops.functional.checks import excess_difference
 from hessops.isolation import (
     is_transformed,
     twice_differentiable_kernels,
@@ -147,15 +148,16 @@ def require_equal_modes(forward: object, reverse: object) -> None:
     Raises:
         ForwardModeError: They differ beyond rounding.
     """
-    pairs = list(zip(tensor_leaves(forward), tensor_leaves(reverse), strict=True))
-    difference = sum((f - r).detach().double().square().sum().item() for f, r in pairs) ** 0.5
-    scale = sum(r.detach().double().square().sum().item() for _, r in pairs) ** 0.5
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(pairs[0][1].dtype, 5e-2)
-    if not difference <= tolerance * scale:
+    difference = excess_difference(_flat(forward), _flat(reverse))
+    if difference is not None:
         raise ForwardModeError(
-            f"forward mode differs from reverse mode by {difference / (scale or 1.0):.1e} "
+            f"forward mode differs from reverse mode by {difference:.1e} "
             "relative: torch gets a forward derivative of this function wrong; use reverse mode"
         )
+
+
+def _flat(tensors: object) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensor_leaves(tensors)])
 
 
 def _is_compared(func: Callable[..., object]) -> bool:
@@ -190,16 +192,21 @@ def _aligned(params: Structure, vec: Structure) -> Structure:
             f"vec must have the structure of params, {list(expected)}; got {list(given)}"
         )
     for name, tensor in expected.items():
-        _require_like(given[name], tensor, name.replace("params", "vec", 1))
+        if not tensor.is_floating_point():
+            raise DtypeError(
+                f"{name} is {tensor.dtype}; only real floating-point tensors can be differentiated "
+                "by"
+            )
+        require_like(given[name], tensor, name.replace("params", "vec", 1))
     return vec
 
 
-def _require_like(given: Tensor, expected: Tensor, name: str) -> None:
-    if not expected.is_floating_point():
-        raise DtypeError(
-            f"{name.replace('vec', 'params', 1)} is {expected.dtype}; only real floating-point "
-            "tensors can be differentiated by"
-        )
+def require_like(given: Tensor, expected: Tensor, name: str) -> None:
+    """The shape and dtype of another tensor.
+
+    Raises:
+        ShapeError, DtypeError: As their names say.
+    """
     if given.shape != expected.shape:
         raise ShapeError(f"{name} has shape {tuple(given.shape)}, expected {tuple(expected.shape)}")
     if given.dtype != expected.dtype:

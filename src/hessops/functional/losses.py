@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hessops.errors import ArgumentTypeError, DtypeError, ParameterNameError, ShapeError
+from hessops.errors import ArgumentTypeError, ParameterNameError
+from hessops.functional.hvp import require_like
 from hessops.isolation import (
     is_transformed,
     isolated,
@@ -75,7 +76,11 @@ class ModelFunctions:
                 )
             if name in given:
                 raise ParameterNameError(f"params names the parameter {name!r} twice ({key!r})")
-            _require_like(tensor, self._every[name], key)
+            if not isinstance(tensor, Tensor):
+                raise ArgumentTypeError(
+                    f"params[{key!r}] must be a tensor, got {type(tensor).__name__}"
+                )
+            require_like(tensor, self._every[name], f"params[{key!r}]")
             given[name] = tensor
         if not given:
             raise ParameterNameError("params is empty: name at least one parameter")
@@ -311,14 +316,3 @@ def mean_over_batches(objective: Objective, params: Params, batches: Iterable[Ba
         total = total + batch.size * objective.batch_loss(params, batch)
         num_points += batch.size
     return total / num_points
-
-
-def _require_like(tensor: object, expected: Tensor, name: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(f"params[{name!r}] must be a tensor, got {type(tensor).__name__}")
-    if tensor.shape != expected.shape:
-        raise ShapeError(
-            f"params[{name!r}] has shape {tuple(tensor.shape)}, the model's {tuple(expected.shape)}"
-        )
-    if tensor.dtype != expected.dtype:
-        raise DtypeError(f"params[{name!r}] is {tensor.dtype}, the model's is {expected.dtype}")

@@ -68,7 +68,14 @@ def model_hessian_low_rank(
         >>> approximation.eigen_vals.round(decimals=3)
         tensor([8.0000, 4.5000])
     """
-    products = _hessian(model, loss, training_data, precompute_grad, reduction, unpack)
+    products = EmpiricalHessian(
+        model,
+        loss,
+        training_data,
+        precompute_grad=precompute_grad,
+        reduction=reduction,
+        unpack=unpack,
+    )
     space = products.objective.space
     return lanczos_low_rank_hessian_approx(
         products,
@@ -128,7 +135,7 @@ def model_hessian_nystroem_approximation(
         >>> sketch.eigen_vals.round(decimals=3)
         tensor([2.0000, 0.5000])
     """
-    products = _hessian(model, loss, data_loader, False, reduction, unpack)
+    products = EmpiricalHessian(model, loss, data_loader, reduction=reduction, unpack=unpack)
     space = products.objective.space
     return randomized_nystroem_approximation(
         lambda columns: products(columns.T).T,
@@ -138,26 +145,4 @@ def model_hessian_nystroem_approximation(
         shift_func,
         space.device,
         generator=generator,
-    )
-
-
-def _hessian(
-    model: nn.Module,
-    loss: Loss,
-    data: Iterable[object],
-    precompute_grad: bool,
-    reduction: Reduction,
-    unpack: Unpack | None,
-) -> EmpiricalHessian:
-    return EmpiricalHessian(
-        model,
-        loss,
-        data,
-        precompute_grad=precompute_grad,
-        use_average=True,
-        reverse_only=True,
-        track_gradients=False,
-        reduction=reduction,
-        unpack=unpack,
-        restrict_to=None,
     )
