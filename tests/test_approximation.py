@@ -222,6 +222,23 @@ def test_ritz_pairs_of_the_whole_space_are_the_eigenpairs(spectrum: str) -> None
     assert (pairs.values - values.sort().values).abs().max() <= 1e-13 * scale
 
 
+def test_ritz_vectors_stay_orthonormal_where_one_projection_loses_it() -> None:
+    # Widely graded: converged directions come back into every new vector.
+    values = 10.0 ** -torch.linspace(0, 14, 60, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64))
+    matrix = (basis * values) @ basis.T
+    pairs = ritz_pairs(
+        lambda v: matrix @ v,
+        60,
+        max_iter=60,
+        tol=0.0,
+        generator=torch.Generator().manual_seed(0),
+        device=torch.device("cpu"),
+    )
+    identity = torch.eye(60, dtype=torch.float64)
+    assert (pairs.vectors.T @ pairs.vectors - identity).abs().max() < 1e-14 * 60**0.5
+
+
 # --- Nyström -----------------------------------------------------------------------------
 
 

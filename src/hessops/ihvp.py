@@ -170,6 +170,11 @@ def ihvp_explicit(
         argnums: Which arguments to differentiate by.
         regularization: λ.
 
+    Returns:
+        A function of the tuple x of `func`'s arguments and of v ``(p,)`` or ``(k, p)``, p the
+        number of entries that are differentiated; the result has the shape and dtype of v and no
+        graph.
+
     Raises:
         IHVPUsageError: As of `hvp`.
         SingularOperatorError: From the returned function: the matrix is singular.
@@ -195,6 +200,10 @@ def ihvp_at_x_explicit(
         *x: Its arguments.
         argnums: Which arguments to differentiate by.
         regularization: λ.
+
+    Returns:
+        A function of v ``(p,)`` or ``(k, p)``, p the number of entries that are differentiated; the
+        result has the shape and dtype of v and no graph.
 
     Raises:
         IHVPUsageError: As of `hvp_at_x`.
@@ -242,6 +251,11 @@ def ihvp_cg(
         mode: ``"rev-rev"`` or ``"rev-fwd"``, see `hvp`.
         regularization: λ.
 
+    Returns:
+        A function of the tuple x of `func`'s arguments and of v ``(p,)`` or ``(k, p)``, p the
+        number of entries that are differentiated; the result has the shape and dtype of v and no
+        graph.
+
     Raises:
         IHVPUsageError: As of `hvp`, and for `max_iter` below 1 or a negative `tol`.
         IndefiniteOperatorError: From the returned function: negative curvature was met.
@@ -278,6 +292,10 @@ def ihvp_at_x_cg(
         tol: Stops where the norm of the true residual is at most this.
         mode: ``"rev-rev"`` or ``"rev-fwd"``, see `hvp`.
         regularization: λ.
+
+    Returns:
+        A function of v ``(p,)`` or ``(k, p)``, p the number of entries that are differentiated; the
+        result has the shape and dtype of v and no graph.
 
     Raises:
         HessopsError: As of `ihvp_cg`; usage errors but those of v are raised here.
@@ -351,6 +369,11 @@ def ihvp_arnoldi(
         regularization: λ.
         generator: Draws the starting vector; without one, `torch.manual_seed` decides.
 
+    Returns:
+        A function of the tuple x of `func`'s arguments and of v ``(p,)`` or ``(k, p)``, p the
+        number of entries that are differentiated; the result has the shape and dtype of v and no
+        graph.
+
     Raises:
         HessopsError: As of `hvp`, and `IHVPUsageError` for `max_iter` below 1 or a negative `tol`.
 
@@ -399,6 +422,10 @@ def ihvp_at_x_arnoldi(
         mode: ``"rev-fwd"`` (compared with reverse mode once) or ``"rev-rev"``.
         regularization: λ.
         generator: Draws the starting vector; without one, `torch.manual_seed` decides.
+
+    Returns:
+        A function of v ``(p,)`` or ``(k, p)``, p the number of entries that are differentiated; the
+        result has the shape and dtype of v and no graph.
 
     Raises:
         HessopsError: As of `hvp_at_x`, and `IHVPUsageError` for numbers out of range.
@@ -501,6 +528,11 @@ def ihvp_lissa(
         mode: ``"rev-rev"`` or ``"rev-fwd"``, see `hvp`.
         generator: Draws the samples.
 
+    Returns:
+        A function of the tuple x of `func`'s arguments, of v ``(p,)`` or ``(k, p)``, p the number
+        of entries that are differentiated, and of `in_dims`; the result has the shape and dtype of
+        v and no graph.
+
     Raises:
         HessopsError: As of `ihvp_at_x_lissa`.
 
@@ -563,6 +595,10 @@ def ihvp_at_x_lissa(
         mode: ``"rev-rev"`` or ``"rev-fwd"``, see `hvp`.
         generator: Draws the samples; without one, `torch.manual_seed` decides, and the global
             state stays as it is either way.
+
+    Returns:
+        A function of v ``(p,)`` or ``(k, p)``, p the number of entries that are differentiated; the
+        result has the shape and dtype of v and no graph.
 
     Raises:
         IHVPUsageError: Everything that does not fit; usage errors but those of v are raised here.

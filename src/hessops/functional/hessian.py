@@ -330,6 +330,12 @@ def get_hvp_function(
         reduction: What `loss` returns.
         unpack: Function from a raw batch to ``(x, y)``.
 
+    Returns:
+        A function of a vector ``(P,)`` or rows ``(k, P)`` to the same shape.
+
+    Raises:
+        HessopsError: As of `create_hvp_function`.
+
     Example:
         >>> import torch
         >>> from hessops.functional import get_hvp_function
@@ -371,6 +377,12 @@ def batch_hvp_gen(
         reverse_only: ``False`` uses forward over reverse mode.
         reduction: What `loss` returns.
         unpack: Function from a raw batch to ``(x, y)``.
+
+    Returns:
+        An iterator of functions of a vector ``(P,)`` or rows ``(k, P)`` to the same shape.
+
+    Raises:
+        HessopsError: As of `create_hvp_function`.
 
     Example:
         >>> import torch

@@ -222,6 +222,12 @@ def batch_loss_function(
         y: Targets.
         reduction: What `loss` returns.
 
+    Returns:
+        A function of a dictionary of parameters to a tensor ``()``.
+
+    Raises:
+        HessopsError: Here and from the returned function; see `Objective`.
+
     Example:
         >>> import torch
         >>> from hessops.functional import batch_loss_function
@@ -243,6 +249,12 @@ def create_per_sample_loss_function(
         model: As of `create_batch_loss_function`, like the other arguments.
         loss: ``loss(output, target)``.
         reduction: What `loss` returns.
+
+    Returns:
+        A function of a dictionary of parameters, inputs and targets to a tensor ``(n,)``.
+
+    Raises:
+        HessopsError: Here and from the returned function; see `Objective`.
 
     Example:
         >>> import torch
@@ -282,6 +294,12 @@ def create_empirical_loss_function(
         data_loader: A ``DataLoader`` or list of batches; see `BatchStream`.
         reduction: What `loss` returns.
         unpack: Function from a raw batch to ``(x, y)``; ``None`` expects pairs.
+
+    Returns:
+        A function of a dictionary of parameters to a tensor ``()``.
+
+    Raises:
+        HessopsError: Here and from the returned function; see `Objective`.
 
     Example:
         >>> import torch
