@@ -25,7 +25,6 @@ from hessops.errors import (
     IndefiniteOperatorError,
     NonFiniteError,
     NonFiniteProductError,
-    NotYetSupportedError,
     SolverBreakdownError,
     StructureError,
 )
@@ -351,8 +350,7 @@ def test_progress_is_shown_on_request_only(capsys) -> None:
         ({"atol": -1e-3}, ValueError, "atol"),
         ({"maxiter": 0}, ValueError, "maxiter"),
         ({"maxiter": 2.5}, TypeError, "maxiter"),
-        ({"preconditioner": object()}, NotYetSupportedError, "preconditioner"),
-        ({"use_block_cg": True}, NotYetSupportedError, "use_block_cg"),
+        ({"preconditioner": object()}, TypeError, "preconditioner"),
     ],
 )
 def test_bad_arguments_are_named(keywords, error, text) -> None:

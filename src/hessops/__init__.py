@@ -65,7 +65,16 @@ from hessops.operators import (
     TensorDictOperator,
     TensorOperator,
 )
-from hessops.solvers import CgOperator
+from hessops.preconditioners import (
+    BlockDiagonalPreconditioner,
+    FittedPreconditioner,
+    JacobiPreConditioner,
+    JacobiPreconditioner,
+    NystroemPreConditioner,
+    NystroemPreconditioner,
+    Preconditioner,
+)
+from hessops.solvers import CgOperator, KrylovOperator, LissaOperator, MinresOperator
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch, BatchStream
 
@@ -78,6 +87,7 @@ __all__ = [
     "BatchOperator",
     "BatchStream",
     "BlockDiagonalOperator",
+    "BlockDiagonalPreconditioner",
     "CgOperator",
     "ChunkAveraging",
     "ClosedFormInverse",
@@ -85,6 +95,7 @@ __all__ = [
     "DiagonalOperator",
     "DirectInverse",
     "DirectSolveOperator",
+    "FittedPreconditioner",
     "GaussNewtonBatchOperation",
     "GaussNewtonOperator",
     "GeneralizedGaussNewtonBatchOperation",
@@ -95,14 +106,22 @@ __all__ = [
     "InverseHarmonicMeanBatchOperation",
     "InverseHarmonicMeanOperator",
     "InverseOperator",
+    "JacobiPreConditioner",
+    "JacobiPreconditioner",
+    "KrylovOperator",
+    "LissaOperator",
     "LowRankOperator",
     "LowRankProductOperator",
     "LowRankProductRepresentation",
     "MatrixOperator",
+    "MinresOperator",
     "ModelBatchOperation",
+    "NystroemPreConditioner",
+    "NystroemPreconditioner",
     "Objective",
     "ParameterSpace",
     "PointAveraging",
+    "Preconditioner",
     "Solution",
     "SolveStatus",
     "TensorDictOperator",

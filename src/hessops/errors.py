@@ -96,6 +96,14 @@ class SolverBreakdownError(SolverError):
     """A solve met a direction of zero curvature before it reached its tolerance."""
 
 
+class DivergenceError(SolverError):
+    """A recursion grew without bound; the message names the argument to change."""
+
+
+class PreconditionerError(SolverError):
+    """A preconditioner turned out not to be positive definite."""
+
+
 class NonFiniteProductError(SolverError, NonFiniteError):
     """A product of finite vectors is NaN or infinite."""
 

@@ -35,3 +35,15 @@ def standard_normal(
     """Standard normal numbers, drawn where the generator lives and moved to `device`."""
     drawn = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
     return drawn.to(device)
+
+
+def rademacher(
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Entries of +1 and -1 with equal probability, drawn where the generator lives."""
+    drawn = torch.randint(2, shape, generator=generator, dtype=torch.int8, device=generator.device)
+    return (2 * drawn - 1).to(device, dtype)

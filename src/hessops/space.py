@@ -281,6 +281,19 @@ class ParameterSpace:
                 owner[name] = block
         return spaces
 
+    def partition(self, blocks: Mapping[str, Sequence[str]]) -> dict[str, ParameterSpace]:
+        """As `split`, with every parameter in a block.
+
+        Raises:
+            ParameterNameError: As of `split`, and for parameters that belong to no block.
+        """
+        pieces = self.split(blocks)
+        covered = {name for piece in pieces.values() for name in piece.names}
+        left_out = [name for name in self.names if name not in covered]
+        if left_out:
+            raise ParameterNameError(f"the parameters {left_out} belong to no block")
+        return pieces
+
     def indices(self, names: Iterable[str]) -> Tensor:
         """Positions of some parameters in the flat vector, ``(p,)`` int64, in flat order."""
         chosen = self._resolved_once(names)

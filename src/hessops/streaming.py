@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+)
 from tqdm.auto import tqdm
 
 from hessops.errors import (
@@ -229,6 +236,21 @@ class BatchStream:
             self._kept_is_verified = True
         yield from self._with_progress(self._kept, len(self._kept))
 
+    def replayed(self, seed: int) -> BatchStream:
+        """The same stream with a random state of its own, so that its order depends on the seed.
+
+        Nothing is kept, as what is kept would come in the same order in every pass.
+        """
+        replay = copy.copy(self)
+        replay._random_state = _PrivateRandomState.seeded(seed)
+        replay._budget, replay._kept = 0, None
+        return replay
+
+    @property
+    def has_fixed_order(self) -> bool:
+        """Whether every pass is known to give the same batches in the same order."""
+        return _has_fixed_order(self.data)
+
     def to(self, device: torch.device | str) -> BatchStream:
         """The same stream on another device; kept batches move along."""
         moved = BatchStream(
@@ -322,6 +344,14 @@ def _require_replayable(data: object) -> None:
         raise DataError("dataloader is empty: it has no batches")
 
 
+def _has_fixed_order(data: object) -> bool:
+    if isinstance(data, DataLoader):
+        batch_sampler, sampler = type(data.batch_sampler), getattr(data, "sampler", None)
+        in_order = batch_sampler in (BatchSampler, type(None))
+        return in_order and isinstance(sampler, SequentialSampler)
+    return isinstance(data, (list, tuple))
+
+
 def _length(data: object) -> int | None:
     """`len`, where it works: a DataLoader over an iterable dataset declares it and then refuses."""
     try:
@@ -367,12 +397,11 @@ class _PrivateRandomState:
     augmentation shows up as a change of the data.
     """
 
-    state: HostRandomState = field(
-        default_factory=lambda: replace(
-            HostRandomState.now(),
-            of_torch=torch.Generator().manual_seed(torch.initial_seed()).get_state(),
-        )
-    )
+    state: HostRandomState = field(default_factory=lambda: _state_seeded(torch.initial_seed()))
+
+    @classmethod
+    def seeded(cls, seed: int) -> _PrivateRandomState:
+        return cls(_state_seeded(seed))
 
     def iterate(self, data: Iterable[object]) -> Iterator[object]:
         with self._swapped_in():
@@ -394,6 +423,11 @@ class _PrivateRandomState:
         finally:
             self.state = HostRandomState.now()
             outside.restore()
+
+
+def _state_seeded(seed: int) -> HostRandomState:
+    of_torch = torch.Generator().manual_seed(seed).get_state()
+    return replace(HostRandomState.now(), of_torch=of_torch)
 
 
 class _Fingerprint:

@@ -3,9 +3,7 @@
 from hessops.functional.approximation import (
     lanczos_low_rank_hessian_approx,
     lanzcos_low_rank_hessian_approx,
-    operator_nystroem_approximation,
     operator_spectral_approximation,
-    randomized_nystroem_approximation,
 )
 from hessops.functional.gradients import (
     create_matrix_jacobian_product_function,
@@ -34,6 +32,10 @@ from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.functional.model_approximation import (
     model_hessian_low_rank,
     model_hessian_nystroem_approximation,
+)
+from hessops.functional.nystroem import (
+    operator_nystroem_approximation,
+    randomized_nystroem_approximation,
 )
 from hessops.functional.products import (
     JacobianProducts,

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from hessops.errors import ArgumentTypeError, DeviceError, DtypeError, NonFiniteError, ShapeError
+
+
+class Operator(Protocol):
+    """What of an operator is needed here."""
+
+    @property
+    def input_size(self) -> int:
+        """P."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the vectors."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed."""
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Products with a vector or with rows."""
 
 
 @dataclass(frozen=True, eq=False)

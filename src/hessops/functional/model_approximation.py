@@ -7,13 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hessops.functional.approximation import (
-    ShiftFunction,
-    lanczos_low_rank_hessian_approx,
-    randomized_nystroem_approximation,
-)
+from hessops.functional.approximation import lanczos_low_rank_hessian_approx
 from hessops.functional.hessian import EmpiricalHessian
 from hessops.functional.low_rank import LowRankProductRepresentation
+from hessops.functional.nystroem import ShiftFunction, randomized_nystroem_approximation
 from hessops.point_loss import Loss, Reduction
 from hessops.streaming import Unpack
 

@@ -33,6 +33,11 @@ class SumOperator(TensorOperator):
             space=_common_space(self.terms),
         )
 
+    def _without_shift(self) -> tuple[TensorOperator, float]:
+        parts = [term._without_shift() for term in self.terms]
+        shift = sum(part_shift for _, part_shift in parts)
+        return (SumOperator([part for part, _ in parts]), shift) if shift else (self, 0.0)
+
     def _apply_rows(self, rows: Tensor) -> Tensor:
         return _summed([term._product(rows) for term in self.terms])
 
@@ -72,6 +77,10 @@ class ScaledOperator(TensorOperator):
     def _identity_factor(self) -> float | None:
         inner = self.operator._identity_factor()
         return None if inner is None else self.factor * inner
+
+    def _without_shift(self) -> tuple[TensorOperator, float]:
+        inner, shift = self.operator._without_shift()
+        return (self.factor * inner, self.factor * shift) if shift else (self, 0.0)
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         if self.factor == 0:
@@ -117,6 +126,10 @@ class ShiftedOperator(TensorOperator):
     def _identity_factor(self) -> float | None:
         inner = self.operator._identity_factor()
         return None if inner is None else inner + self.shift_value
+
+    def _without_shift(self) -> tuple[TensorOperator, float]:
+        inner, shift = self.operator._without_shift()
+        return inner, shift + self.shift_value
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         return self.operator._closed_form_inverse(self.shift_value + shift)
@@ -205,7 +218,7 @@ class _Combinations:
     """The algebra that `TensorOperator` reaches through its protocol; simplifies what it can."""
 
     def added(self, left: TensorOperator, right: TensorOperator) -> TensorOperator:
-        _require_compatible(left, right, "+")
+        require_compatible(left, right, "+")
         for operator, other in ((left, right), (right, left)):
             factor = other._identity_factor()
             if factor is not None:
@@ -228,7 +241,7 @@ class _Combinations:
         return ScaledOperator(operator, factor, space=space)
 
     def composed(self, left: TensorOperator, right: TensorOperator) -> TensorOperator:
-        _require_compatible(left, right, "@")
+        require_compatible(left, right, "@")
         for operator, other in ((left, right), (right, left)):
             factor = other._identity_factor()
             if factor is not None:
@@ -298,7 +311,12 @@ def _scaled_definiteness(definite: bool | None, factor: float) -> bool | None:
     return definite if factor > 0 else None
 
 
-def _require_compatible(left: TensorOperator, right: TensorOperator, symbol: str) -> None:
+def require_compatible(left: TensorOperator, right: TensorOperator, symbol: str) -> None:
+    """Raises where two operators do not act on the same vectors.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: As their names say.
+    """
     names = f"{type(left).__name__} {symbol} {type(right).__name__}"
     if left.input_size != right.input_size:
         raise ShapeError(f"{names}: sizes {left.input_size} and {right.input_size} differ")

@@ -149,6 +149,10 @@ class TensorOperator(ABC):
         """The hook for simplifications: c where the operator is c·I, else ``None``."""
         return None
 
+    def _without_shift(self) -> tuple[TensorOperator, float]:
+        """The hook for sketches: B and c with A = B + c·I, c as large as is evident."""
+        return self, 0.0
+
     def _children(self) -> Sequence[TensorOperator]:
         """The operators that this one is made of, for `refresh` and the printed tree."""
         return ()

@@ -21,7 +21,7 @@ from hessops.errors import ArgumentTypeError
 from hessops.operators.base import TensorDictOperator
 from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
-from hessops.streaming import BatchStream, Unpack
+from hessops.streaming import Batch, BatchStream, Unpack
 
 # The default of every `averaging`; it has no state.
 POINT_AVERAGING = PointAveraging()
@@ -101,15 +101,19 @@ class BatchOperator(TensorDictOperator):
         self._is_checked = False
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
-        result = self.averaging.reduce(self._batch_products(rows))
-        self._is_checked = True
-        return result
+        return self.averaging.reduce(self._batch_products(rows))
 
     def _batch_products(self, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
-        for batch in self.stream:
+        for batch in self.checked_batches(self.stream):
+            yield self.batch_operation.apply_rows(batch, rows), batch.size
+
+    def checked_batches(self, stream: BatchStream) -> Iterator[Batch]:
+        """One pass over a stream of the operator's data; the first one checks every batch."""
+        for batch in stream:
             if not self._is_checked:
                 self.batch_operation.check(batch)
-            yield self.batch_operation.apply_rows(batch, rows), batch.size
+            yield batch
+        self._is_checked = True
 
     def refresh(self) -> Self:
         """Takes a new copy of the model as it is now, in place; returns itself.

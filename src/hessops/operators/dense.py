@@ -10,7 +10,7 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from hessops.errors import DtypeError, ShapeError, SingularOperatorError
+from hessops.errors import ArgumentError, DtypeError, ShapeError, SingularOperatorError
 from hessops.operators.base import TensorOperator
 from hessops.operators.diagonal import require_space
 from hessops.operators.inverse import DirectInverse
@@ -92,18 +92,21 @@ class DirectSolveOperator(DirectInverse):
     singular to working precision are refused.
 
     Args:
-        matrix: A, shape ``(n, n)``, float32 or float64.
+        matrix: A, shape ``(n, n)``, float32 or float64; or any operator, of which the matrix is
+            made by n products (see `TensorOperator.to_dense`).
         regularization: λ >= 0; ``None`` is 0.
         in_place_regularization: Writes λ into the diagonal of the caller's `matrix` and keeps that
             matrix instead of a copy; do not write to it afterwards.
         space: The parameters that the entries of a vector stand for, if they do.
 
     Raises:
-        ArgumentTypeError: `matrix` is not a tensor.
-        ArgumentError: `regularization` is negative or not finite.
+        ArgumentTypeError: `matrix` is neither a tensor nor an operator.
+        ArgumentError: `regularization` is negative or not finite; or `matrix` is an operator and
+            `in_place_regularization` or `space` is given.
         ShapeError: `matrix` is not square, or does not fit `space`.
         DtypeError: `matrix` is not float32 or float64.
         NonFiniteError: `matrix` holds NaN or infinity.
+        MemoryLimitError: The matrix of an operator would not fit.
         SingularOperatorError: A + λI is singular to working precision; the estimate of its
             condition number is in the message, and `matrix` is as it was.
 
@@ -116,16 +119,31 @@ class DirectSolveOperator(DirectInverse):
         tensor([1., 1.])
         >>> inverse.solve(torch.tensor([[4.0, 4.0], [8.0, 0.0]])).converged
         tensor([True, True])
+
+        Of an operator, as a solver like any other:
+
+        >>> from hessops import MatrixOperator
+        >>> A = MatrixOperator(matrix) @ MatrixOperator(matrix)
+        >>> A.inverse(DirectSolveOperator).apply(torch.tensor([9.0, 9.0])).round(decimals=4)
+        tensor([1., 1.])
     """
 
     def __init__(
         self,
-        matrix: Tensor,
+        matrix: Tensor | TensorOperator,
         regularization: float | None = None,
         in_place_regularization: bool = False,
         *,
         space: ParameterSpace | None = None,
     ) -> None:
+        self.source = matrix if isinstance(matrix, TensorOperator) else None
+        if isinstance(matrix, TensorOperator):
+            if in_place_regularization or space is not None:
+                raise ArgumentError(
+                    "in_place_regularization and space are for a matrix, but matrix is the "
+                    f"operator {type(matrix).__name__}"
+                )
+            space, matrix = matrix.space, _matrix_of(matrix)
         _checked_square(matrix, space)
         if matrix.dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"matrix must be float32 or float64, got {matrix.dtype}")
@@ -158,12 +176,28 @@ class DirectSolveOperator(DirectInverse):
     def with_regularization(self, regularization: float | None) -> DirectSolveOperator:
         """A new factorisation with λ replaced."""
         matrix = self.operator.to_dense()
-        return DirectSolveOperator(matrix, regularization, space=self.space)
+        changed = DirectSolveOperator(matrix, regularization, space=self.space)
+        changed.source = self.source
+        return changed
+
+    def refresh(self) -> Self:
+        """Lets the operator it was made from take a new copy of its model, and factorises anew."""
+        if self.source is not None:
+            anew = DirectSolveOperator(self.source.refresh(), self.regularization)
+            self.operator, self._factors = anew.operator, anew._factors
+        return self
 
     def _move(self, device: torch.device) -> Self:
         moved = super()._move(device)
+        moved.source = None if self.source is None else self.source.to(device)
         moved._factors = self._factors.to(device)
         return moved
+
+
+def _matrix_of(operator: TensorOperator) -> Tensor:
+    """The matrix of an operator; rounding leaves that of a symmetric one a little asymmetric."""
+    matrix = operator.to_dense()
+    return (matrix + matrix.T) / 2 if operator.symmetric else matrix
 
 
 class _Factors:

@@ -191,17 +191,26 @@ class BlockDiagonalOperator(TensorOperator):
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         inverses = [block._closed_form_inverse(shift) for block in self.blocks]
         known = [inverse for inverse in inverses if inverse is not None]
-        return self._with_blocks(known) if len(known) == len(inverses) else None
+        if len(known) < len(inverses):
+            return None
+        return BlockDiagonalOperator._at(known, self._positions, self.space)
 
-    def _with_blocks(self, blocks: Sequence[TensorOperator]) -> BlockDiagonalOperator:
-        """Other blocks at the same positions."""
-        changed = BlockDiagonalOperator(blocks)
-        changed._positions = tuple(p.to(changed.device) for p in self._positions)
-        changed._space = self._space_on(changed.device)
-        return changed
+    @classmethod
+    def _at(
+        cls,
+        blocks: Sequence[TensorOperator],
+        positions: Sequence[Tensor],
+        space: ParameterSpace | None,
+    ) -> BlockDiagonalOperator:
+        """Blocks at positions that cover the flat vector, which are not checked."""
+        placed = BlockDiagonalOperator(blocks)
+        placed._positions = tuple(where.to(placed.device) for where in positions)
+        placed._space = None if space is None else space.to(placed.device)
+        return placed
 
     def _move(self, device: torch.device) -> BlockDiagonalOperator:
-        return self._with_blocks([block.to(device) for block in self.blocks])
+        blocks = [block.to(device) for block in self.blocks]
+        return BlockDiagonalOperator._at(blocks, self._positions, self.space)
 
     def _children(self) -> Sequence[TensorOperator]:
         return self.blocks
@@ -261,11 +270,7 @@ def _by_name(blocks: Sequence[TensorOperator], space: ParameterSpace) -> tuple[T
                 "place within space is unknown"
             )
         names[f"blocks[{number}]"] = block.space.names
-    pieces = space.split(names)
-    covered = {name for piece in pieces.values() for name in piece.names}
-    left_out = [name for name in space.names if name not in covered]
-    if left_out:
-        raise ParameterNameError(f"the parameters {left_out} of space belong to no block")
+    pieces = space.partition(names)
     for (label, piece), block in zip(pieces.items(), blocks, strict=True):
         if block.space is not None and piece.shapes != block.space.shapes:
             raise ShapeError(f"{label} has other shapes or another order than space")

@@ -16,9 +16,12 @@ from torch import Tensor
 from hessops.errors import (
     ArgumentTypeError,
     ConvergenceWarning,
+    DivergenceError,
     IndefiniteOperatorError,
     MissingInverseError,
     NonFiniteProductError,
+    PreconditionerError,
+    ShapeError,
     SolverBreakdownError,
     SolverError,
 )
@@ -33,6 +36,8 @@ _ERRORS: dict[SolveStatus, type[SolverError]] = {
     SolveStatus.INDEFINITE: IndefiniteOperatorError,
     SolveStatus.BREAKDOWN: SolverBreakdownError,
     SolveStatus.NON_FINITE: NonFiniteProductError,
+    SolveStatus.DIVERGED: DivergenceError,
+    SolveStatus.PRECONDITIONER: PreconditionerError,
 }
 _DEFAULT_RTOL = {torch.float64: 1e-7, torch.float32: 1e-4}
 
@@ -49,7 +54,7 @@ class InverseOperator(TensorOperator):
     ``solve(rhs).value`` under a policy: out of iterations or stagnated warns
     (`ConvergenceWarning`), an indefinite operator, a breakdown or a non-finite product raises.
 
-    A subclass defines ``_solve_rows(rhs)`` for a stack of right-hand sides.
+    A subclass defines ``_solve_rows(rhs, start, history=...)`` for a stack of right-hand sides.
 
     Args:
         operator: A.
@@ -96,23 +101,49 @@ class InverseOperator(TensorOperator):
         )
 
     @abstractmethod
-    def _solve_rows(self, rhs: Tensor) -> Solution:
-        """The hook: solves for the rows of a validated ``(k, n)`` stack, k >= 1."""
+    def _solve_rows(
+        self, rhs: Tensor, start: Tensor | None = None, *, history: bool = False
+    ) -> Solution:
+        """The hook: solves for the rows of a validated ``(k, n)`` stack, k >= 1.
+
+        `start` are first guesses of the same shape, and `history` asks for the residual history;
+        a method that takes no steps has no use for either.
+        """
 
     @property
     def system(self) -> TensorOperator:
         """A + λI, the operator that is inverted."""
         return self.operator.shift(self.regularization) if self.regularization else self.operator
 
-    def solve(self, rhs: Tensor) -> Solution:
+    def solve(self, rhs: Tensor, x0: Tensor | None = None, *, history: bool = False) -> Solution:
         """Solves (A + λI) x = b for one right-hand side ``(n,)``, or the rows of ``(k, n)``.
 
+        Args:
+            rhs: b, or a stack of them.
+            x0: A first guess of the shape of `rhs`, such as the solution of a similar system.
+                Tolerances stay relative to ‖b‖. Direct methods do not need it.
+            history: Keeps the residual norms of every step; see `Solution.residual_history`.
+
+        Returns:
+            The solution with the outcome of every right-hand side; nothing in it carries a graph.
+
         Raises:
-            ShapeError, DtypeError, NonFiniteError: `rhs` does not fit.
+            ShapeError, DtypeError, NonFiniteError: `rhs` or `x0` does not fit.
         """
         rows = checked_rows(rhs, self.input_size, self.dtype, self.device, "rhs")
+        start = None
+        if x0 is not None:
+            start = checked_rows(x0, self.input_size, self.dtype, self.device, "x0")
+            if x0.shape != rhs.shape:
+                raise ShapeError(
+                    f"x0 has shape {tuple(x0.shape)}, rhs {tuple(rhs.shape)}; they must agree"
+                )
         with isolated(self.device):
-            solution = self._solve_rows(rows) if len(rows) else _empty_solution(rows)
+            solution = (
+                self._solve_rows(rows, start, history=history)
+                if len(rows)
+                else _empty_solution(rows)
+            )
         return solution if rhs.ndim == 2 else replace(solution, value=solution.value[0])
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
@@ -145,7 +176,7 @@ class InverseOperator(TensorOperator):
         if status is SolveStatus.INDEFINITE:
             curvature = solution.smallest_curvatures.min().item()
             message += f" The most negative curvature met is {curvature:.3e}."
-        return message
+        return f"{message} {solution.detail}" if solution.detail else message
 
     def with_regularization(self, regularization: float | None) -> InverseOperator:
         """The same inverse with its own λ replaced; a shift of the operator stays."""
@@ -192,7 +223,9 @@ class DirectInverse(InverseOperator):
     def _apply_rows(self, rows: Tensor) -> Tensor:
         return self._inverse_rows(rows) if rows.is_meta else super()._apply_rows(rows)
 
-    def _solve_rows(self, rhs: Tensor) -> Solution:
+    def _solve_rows(
+        self, rhs: Tensor, start: Tensor | None = None, *, history: bool = False
+    ) -> Solution:
         return self._measured(rhs, self._inverse_rows(rhs))
 
     def _measured(self, rhs: Tensor, value: Tensor) -> Solution:

@@ -166,7 +166,9 @@ class LowRankOperator(DirectInverse):
             result = result + self._outside(rows, inside) / self.regularization
         return result
 
-    def _solve_rows(self, rhs: Tensor) -> Solution:
+    def _solve_rows(
+        self, rhs: Tensor, start: Tensor | None = None, *, history: bool = False
+    ) -> Solution:
         target = rhs if self.exact else self._coordinates(rhs) @ self._basis.T
         return self._measured(target, self._inverse_rows(rhs))
 

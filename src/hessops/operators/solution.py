@@ -26,6 +26,8 @@ class SolveStatus(StrEnum):
     INDEFINITE = "indefinite"
     BREAKDOWN = "breakdown"
     NON_FINITE = "non-finite"
+    DIVERGED = "diverged"
+    PRECONDITIONER = "unsuitable preconditioner"
 
     @property
     def advice(self) -> str:
@@ -45,7 +47,8 @@ _ADVICE = {
     ),
     SolveStatus.INDEFINITE: (
         "The operator has negative curvature, where conjugate gradients do not apply: use a "
-        "Gauss-Newton operator, or a regularization above the most negative eigenvalue."
+        "Gauss-Newton operator, a regularization above the most negative eigenvalue, or "
+        "MinresOperator."
     ),
     SolveStatus.BREAKDOWN: (
         "A direction of zero curvature was met before the tolerance: the operator is singular and "
@@ -54,6 +57,14 @@ _ADVICE = {
     SolveStatus.NON_FINITE: (
         "A product with the operator was NaN or infinite: check the scale of the data, and use a "
         "wider dtype."
+    ),
+    SolveStatus.DIVERGED: (
+        "The recursion grew without bound: raise scale, or pass scale='auto'; where the operator "
+        "has negative curvature, raise regularization or dampen."
+    ),
+    SolveStatus.PRECONDITIONER: (
+        "The preconditioner is not positive definite, or its product was NaN or infinite: use a "
+        "symmetric positive definite one."
     ),
 }
 
@@ -72,8 +83,14 @@ class Solution:
         residual_norms: True residual norms ‖b − Ax‖ of `value`, ``(k,)``.
         rhs_norms: ‖b‖, ``(k,)``.
         tolerances: The bound that `residual_norms` had to meet, ``(k,)``.
-        num_applications: Applications of the operator, each to all right-hand sides at once.
+        num_applications: Applications of the operator, each to all right-hand sides at once. For
+            a method that steps through batches it counts the batches.
         smallest_curvatures: Smallest pᵀAp/‖p‖² met, ``(k,)``; infinite where there was none.
+        num_preconditioner_applications: Applications of the preconditioner, each to all at once.
+        residual_history: With ``solve(..., history=True)``, for every right-hand side the residual
+            norms by which the method went on, from that of the start to that after the last step,
+            ``(iterations + 1,)`` each. They are those of a recurrence; `residual_norms` are true.
+        detail: What the solver found out beyond the status, such as the scale it chose.
 
     Example:
         >>> import torch
@@ -92,6 +109,14 @@ class Solution:
     tolerances: Tensor
     num_applications: int
     smallest_curvatures: Tensor
+    num_preconditioner_applications: int = 0
+    residual_history: tuple[Tensor, ...] | None = None
+    detail: str = ""
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """For each right-hand side a sentence: what happened and what to change."""
+        return tuple(status.advice for status in self.status)
 
     @property
     def converged(self) -> Tensor:
@@ -114,3 +139,22 @@ class Solution:
             f"Solution({len(self.status)} right-hand sides: {outcome}; at most {most} iterations; "
             f"worst relative residual {worst:.1e}; {self.num_applications} applications)"
         )
+
+    def report(self) -> str:
+        """Some lines to read: the outcomes with their advice, residuals, and what it took."""
+        relative = self.relative_residual_norms
+        lines = []
+        for status in SolveStatus:
+            rows = [i for i, s in enumerate(self.status) if s is status]
+            if rows:
+                worst = relative[rows].max().item()
+                lines.append(
+                    f"{len(rows)} of {len(self.status)} {status}, relative residual at most "
+                    f"{worst:.1e}. {status.advice}"
+                )
+        most = int(self.iterations.max()) if self.status else 0
+        lines.append(
+            f"At most {most} iterations; {self.num_applications} applications of the operator, "
+            f"{self.num_preconditioner_applications} of the preconditioner."
+        )
+        return "\n".join([*lines, self.detail] if self.detail else lines)

@@ -1,0 +1,210 @@
+"""KrylovOperator: what the solvers by Krylov spaces share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hessops.errors import ArgumentTypeError, DtypeError, StructureError
+from hessops.operators.algebra import require_compatible
+from hessops.operators.base import TensorOperator
+from hessops.operators.inverse import DirectInverse, InverseOperator, default_rtol
+from hessops.operators.solution import Solution
+from hessops.preconditioners import Preconditioner
+from hessops.solvers.outcomes import CountedMap, Problem, Run
+from hessops.validation import checked_count, checked_number, checked_regularization
+
+
+class KrylovOperator(InverseOperator):
+    r"""An inverse :math:`b \mapsto (A + \lambda I)^{-1} b` by products with A.
+
+    Abstract: a subclass says in ``_begin(problem)`` how it runs, and in ``_refuse_unsuitable`` what
+    it cannot solve. Tolerances, scaling, preconditioning and progress are here.
+
+    Args:
+        operator: A, any symmetric operator of float32 or float64.
+        regularization: λ >= 0, on top of any shift of A; ``None`` is 0.
+        rtol: Relative tolerance; ``None`` is 1e-7 in float64 and 1e-4 in float32.
+        atol: Absolute tolerance. With a positive one, zero solves every small right-hand side.
+        maxiter: Most steps for each right-hand side; ``None`` is 10·n.
+        progress: Shows a progress bar with the iterations and the worst relative residual.
+        preconditioner: A `Preconditioner`, which is fitted in the first solve and kept, or any
+            symmetric positive definite operator close to (A + λI)⁻¹, which is used as it is.
+        warn_on_max_iteration: ``True`` warns and logs when a solve stops short of its tolerance,
+            ``False`` logs at DEBUG.
+
+    Raises:
+        ArgumentTypeError: `operator` or `preconditioner` is something else.
+        StructureError: `operator` or `preconditioner` is known to lack the structure it needs.
+        ShapeError, DeviceError: `preconditioner` is of another size or elsewhere.
+        DtypeError: `operator` is of half precision, or `preconditioner` of another dtype.
+        ArgumentError: A negative `regularization` or tolerance, or `maxiter` below 1.
+    """
+
+    def __init__(
+        self,
+        operator: TensorOperator,
+        regularization: float | None = None,
+        rtol: float | None = None,
+        atol: float = 0.0,
+        maxiter: int | None = None,
+        progress: bool = False,
+        preconditioner: Preconditioner | TensorOperator | None = None,
+        warn_on_max_iteration: bool = True,
+    ) -> None:
+        super().__init__(operator, regularization, warn_on_max_iteration=warn_on_max_iteration)
+        if operator.dtype not in (torch.float32, torch.float64):
+            raise DtypeError(
+                f"operator is {operator.dtype}; {self._method()} needs float32 or float64"
+            )
+        self._refuse_unsuitable()
+        self.rtol = (
+            default_rtol(operator.dtype)
+            if rtol is None
+            else checked_number(rtol, "rtol", minimum=0)
+        )
+        self.atol = checked_number(atol, "atol", minimum=0)
+        self.maxiter = (
+            10 * operator.input_size if maxiter is None else checked_count(maxiter, "maxiter")
+        )
+        self.progress = progress
+        _check_preconditioner(preconditioner, operator)
+        self.preconditioner = preconditioner
+        self._fitted: TensorOperator | None = None
+
+    @abstractmethod
+    def _begin(self, problem: Problem) -> Run:
+        """The hook: a run of the method."""
+
+    @abstractmethod
+    def _method(self) -> str:
+        """The name of the method in messages."""
+
+    def _refuse_unsuitable(self) -> None:
+        """Raises `StructureError` for an operator that the method is known not to solve."""
+        if self.operator.symmetric is False:
+            raise StructureError(
+                f"operator ({type(self.operator).__name__}) is not symmetric, which "
+                f"{self._method()} needs: solve with A.T @ A, or use DirectSolveOperator"
+            )
+
+    def fitted_preconditioner(self) -> TensorOperator | None:
+        """The operator that preconditions; a `Preconditioner` is fitted once and kept."""
+        if isinstance(self.preconditioner, Preconditioner):
+            if self._fitted is None:
+                self._fitted = self.preconditioner.fit(self.operator, self.regularization)
+                _check_preconditioner(self._fitted, self.operator)
+            return self._fitted
+        return self.preconditioner
+
+    def _solve_rows(
+        self, rhs: Tensor, start: Tensor | None = None, *, history: bool = False
+    ) -> Solution:
+        preconditioner = self.fitted_preconditioner()
+        problem = Problem.scaled(
+            rhs,
+            start,
+            rtol=self.rtol,
+            atol=self.atol,
+            maxiter=self.maxiter,
+            precondition=_counted(preconditioner),
+            keeps_history=history,
+        )
+        run = self._begin(problem)
+        system = self.system
+        with tqdm(
+            total=self.maxiter, desc=self._method(), leave=False, disable=not self.progress
+        ) as bar:
+            while not run.is_finished():
+                run.advance(system._product(run.vectors()))
+                if self.progress:
+                    bar.set_postfix(worst_residual=f"{run.worst_residual():.1e}")
+                    bar.update(int(run.iterations.max()) - bar.n)
+        return run.solution()
+
+    def with_regularization(self, regularization: float | None) -> Self:
+        """The same solver with its own λ replaced; a shift of the operator stays.
+
+        A fitted preconditioner is adapted without products with A where mathematics allows; one
+        that was given as an operator stays as it is.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: `regularization` is not a number >= 0.
+            StructureError: The method is known not to solve the system.
+        """
+        changed = self._copy_on(self.device)
+        changed.regularization = checked_regularization(regularization)
+        changed._refuse_unsuitable()
+        if isinstance(self.preconditioner, Preconditioner) and self._fitted is not None:
+            changed._fitted = self.preconditioner.refit(
+                self._fitted, self.operator, changed.regularization
+            )
+        return changed
+
+    def refresh(self) -> Self:
+        """Lets every part take a new copy of its model; the preconditioner is fitted anew."""
+        super().refresh()
+        self._fitted = None
+        if isinstance(self.preconditioner, TensorOperator):
+            self.preconditioner.refresh()
+        return self
+
+    def _move(self, device: torch.device) -> Self:
+        moved = super()._move(device)
+        if isinstance(self.preconditioner, TensorOperator):
+            moved.preconditioner = self.preconditioner.to(device)
+        moved._fitted = None if self._fitted is None else self._fitted.to(device)
+        return moved
+
+    def _label(self) -> str:
+        settings = [
+            f"regularization={self.regularization:g}",
+            f"rtol={self.rtol:g}",
+            f"atol={self.atol:g}",
+        ]
+        if isinstance(self.preconditioner, Preconditioner):
+            settings.append(f"preconditioner={self.preconditioner!r}")
+        elif self.preconditioner is not None:
+            settings.append(f"preconditioner={self.preconditioner._label()}")
+        return f"{type(self).__name__}({', '.join(settings)})"
+
+
+def _counted(preconditioner: TensorOperator | None) -> CountedMap:
+    if preconditioner is None:
+        return CountedMap(None)
+    return CountedMap(preconditioner._product, varies=_is_iterative(preconditioner))
+
+
+def _is_iterative(operator: TensorOperator) -> bool:
+    """Whether products with an operator are solves to a tolerance."""
+    if isinstance(operator, InverseOperator):
+        return not isinstance(operator, DirectInverse)
+    return any(_is_iterative(child) for child in operator._children())
+
+
+def _check_preconditioner(preconditioner: object, operator: TensorOperator) -> None:
+    if preconditioner is None or isinstance(preconditioner, Preconditioner):
+        return
+    if not isinstance(preconditioner, TensorOperator):
+        raise ArgumentTypeError(
+            "preconditioner must be a Preconditioner or a TensorOperator close to the inverse, got "
+            f"{preconditioner!r}"
+        )
+    require_compatible(operator, preconditioner, "preconditioned by")
+    lacks = [
+        name
+        for name, flag in (
+            ("symmetric", preconditioner.symmetric),
+            ("positive semi-definite", preconditioner.positive_semidefinite),
+        )
+        if flag is False
+    ]
+    if lacks:
+        raise StructureError(
+            f"preconditioner ({type(preconditioner).__name__}) is not {' and not '.join(lacks)}; "
+            "it must be symmetric positive definite"
+        )

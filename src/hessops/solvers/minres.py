@@ -1,0 +1,177 @@
+"""The method of minimal residuals for many right-hand sides at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hessops.operators.solution import SolveStatus
+from hessops.solvers.krylov import KrylovOperator
+from hessops.solvers.outcomes import Problem, Run
+from hessops.solvers.rows import RowRun
+
+# A least-squares solution is reached where ‖Ar‖ falls below this multiple of eps‖A‖‖r‖.
+LEAST_SQUARES_FACTOR = 100
+
+
+class MinresOperator(KrylovOperator):
+    r"""The inverse :math:`b \mapsto (A + \lambda I)^{-1} b` by minimal residuals.
+
+    For symmetric :math:`A + \lambda I` that may be indefinite, as the Hessian of a network is
+    (Paige & Saunders 1975). All right-hand sides advance together, each on its own, with one
+    application of A per step, and stop on the *true* residual like those of `CgOperator`. The
+    residual never rises from step to step (without a preconditioner in the Euclidean norm, with one
+    in its own).
+
+    A singular system is solved where the right-hand side is in its range. Where it is not, the
+    outcome is a *breakdown*, and the value is close to a least-squares solution.
+
+    Args:
+        operator: A, any operator of float32 or float64; not known to be non-symmetric.
+        regularization: λ >= 0, on top of any shift of A; ``None`` is 0.
+        rtol: Relative tolerance; ``None`` is 1e-7 in float64 and 1e-4 in float32.
+        atol: Absolute tolerance. With a positive one, zero solves every small right-hand side.
+        maxiter: Most steps for each right-hand side; ``None`` is 10·n.
+        progress: Shows a progress bar with the iterations and the worst relative residual.
+        preconditioner: A `Preconditioner`, which is fitted in the first solve and kept, or any
+            symmetric positive definite operator close to the inverse of A + λI, or of its absolute
+            value, which is used as it is. It must be the same map in every application.
+        warn_on_max_iteration: ``True`` warns and logs when a solve stops short of its tolerance,
+            ``False`` logs at DEBUG.
+
+    Raises:
+        ArgumentTypeError: `operator` or `preconditioner` is something else.
+        StructureError: `operator` is known to be non-symmetric, or `preconditioner` to be that or
+            not positive semi-definite.
+        ShapeError, DeviceError: `preconditioner` is of another size or elsewhere.
+        DtypeError: `operator` is of half precision, or `preconditioner` of another dtype.
+        ArgumentError: A negative `regularization` or tolerance, or `maxiter` below 1.
+
+    Example:
+        >>> import torch
+        >>> from hessops import DiagonalOperator, MinresOperator
+        >>> A = DiagonalOperator(torch.tensor([2.0, 1.0, -4.0]))
+        >>> solution = MinresOperator(A).solve(torch.ones(3))
+        >>> solution.value.round(decimals=4), solution.status[0].value
+        (tensor([ 0.5000,  1.0000, -0.2500]), 'converged')
+    """
+
+    def _begin(self, problem: Problem) -> Run:
+        return _MinresRun(problem)
+
+    def _method(self) -> str:
+        return "minimal residuals"
+
+
+class _MinresRun(RowRun):
+    r"""Lanczos' recurrence for M^(1/2) A M^(1/2), its factorisation QR by rotations, and updates.
+
+    Besides the iterate its residual is updated, from products with A that are there anyway, so that
+    its Euclidean norm is known whatever the preconditioner M is.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        rhs, zero = problem.rhs, torch.zeros_like(problem.rhs[:, 0])
+        # The last two Lanczos vectors before M, and their norms in the inner product of M.
+        self.lanczos = self.lanczos_before = torch.zeros_like(rhs)
+        self.beta = self.beta_before = zero
+        # The last two directions of the iterate, and A times them.
+        self.update = self.update_before = torch.zeros_like(rhs)
+        self.image = self.image_before = torch.zeros_like(rhs)
+        # Of the factorisation: what the last rotations left, and the norm of the residual.
+        self.delta_bar = self.epsilon = self.phi_bar = zero
+        self.cosine, self.sine = -torch.ones_like(zero), zero
+        self.norm_in_space = zero
+        super().__init__(problem)
+
+    def _step(self, products: Tensor, *, stepping: Tensor, restarted: Tensor) -> None:
+        rows = stepping | restarted
+        if not bool(rows.any()):
+            return
+        alpha, following = self._lanczos_step(products)
+        self.note_curvature(products, (self.direction * products).sum(dim=1), stepping)
+        following = torch.where(restarted.unsqueeze(1), self.residual, following)
+        following = torch.where(rows.unsqueeze(1), following, 0.0)
+        applied = self.problem.precondition(following)
+        squared = (following * applied).sum(dim=1)
+        noise = torch.finfo(products.dtype).eps * following.norm(dim=1) * applied.norm(dim=1)
+        unsuitable = rows & ~(squared >= -noise)
+        rows = rows & ~unsuitable
+        beta = squared.clamp(min=0).sqrt()
+        self._rotate(products, alpha, beta, stepping & rows)
+        self._shift_lanczos(following, applied, beta, rows, restarted)
+        self.end(unsuitable, SolveStatus.PRECONDITIONER)
+
+    def _lanczos_step(self, products: Tensor) -> tuple[Tensor, Tensor]:
+        """α, and the next Lanczos vector before M and before it is normalised."""
+        following = products - _ratio(self.beta, self.beta_before) * self.lanczos_before
+        alpha = (self.direction * following).sum(dim=1)
+        return alpha, following - _ratio(alpha, self.beta) * self.lanczos
+
+    def _rotate(self, products: Tensor, alpha: Tensor, beta: Tensor, rows: Tensor) -> None:
+        """The next rotation, and with it the next iterate of some rows."""
+        eps = torch.finfo(products.dtype).eps
+        column = torch.stack([alpha, self.beta, beta]).norm(dim=0)
+        norm = torch.where(rows, self.norm_in_space.maximum(column), self.norm_in_space)
+        delta = self.cosine * self.delta_bar + self.sine * alpha
+        gamma_bar = self.sine * self.delta_bar - self.cosine * alpha
+        delta_bar = -self.cosine * beta
+        gamma = torch.hypot(gamma_bar, beta)
+        singular = rows & (gamma <= eps * norm)
+        moving = rows & ~singular
+        gamma = torch.where(moving, gamma, 1.0)
+        self._update_directions(products, delta, gamma, moving)
+        phi = torch.where(moving, gamma_bar / gamma * self.phi_bar, 0.0).unsqueeze(1)
+        self.iterate = self.iterate + phi * self.update
+        self.residual = self.residual - phi * self.image
+        self.estimates = torch.where(moving, self.residual.norm(dim=1), self.estimates)
+        self.epsilon = torch.where(moving, self.sine * beta, self.epsilon)
+        self.delta_bar = torch.where(moving, delta_bar, self.delta_bar)
+        self.phi_bar = torch.where(moving, beta / gamma * self.phi_bar, self.phi_bar)
+        self.cosine = torch.where(moving, gamma_bar / gamma, self.cosine)
+        self.sine = torch.where(moving, beta / gamma, self.sine)
+        self.norm_in_space = norm
+        # The next Lanczos vector is rounding: the space is exhausted.
+        self.must_restart = self.must_restart | (moving & (beta <= eps * norm))
+        self.moved(moving)
+        # ‖Ar‖ / ‖r‖, as the rotation tells it (Choi 2006).
+        slope = torch.hypot(gamma_bar, delta_bar)
+        stuck = moving & (slope <= LEAST_SQUARES_FACTOR * eps * norm)
+        self.end(singular | stuck, SolveStatus.BREAKDOWN)
+
+    def _update_directions(
+        self, products: Tensor, delta: Tensor, gamma: Tensor, rows: Tensor
+    ) -> None:
+        """(v − ε d₋₂ − δ d₋₁) / γ, and A times it."""
+        by_row, epsilon = rows.unsqueeze(1), self.epsilon.unsqueeze(1)
+        delta, gamma = delta.unsqueeze(1), gamma.unsqueeze(1)
+        update = (self.direction - epsilon * self.update_before - delta * self.update) / gamma
+        image = (products - epsilon * self.image_before - delta * self.image) / gamma
+        self.update_before = torch.where(by_row, self.update, self.update_before)
+        self.image_before = torch.where(by_row, self.image, self.image_before)
+        self.update = torch.where(by_row, update, self.update)
+        self.image = torch.where(by_row, image, self.image)
+
+    def _shift_lanczos(
+        self, following: Tensor, applied: Tensor, beta: Tensor, rows: Tensor, restarted: Tensor
+    ) -> None:
+        """Takes the next Lanczos vector; for a restart it is the first one."""
+        by_row, fresh = rows.unsqueeze(1), restarted.unsqueeze(1)
+        self.lanczos_before = torch.where(by_row, self.lanczos, self.lanczos_before)
+        self.lanczos = torch.where(by_row, following, self.lanczos)
+        self.beta_before = torch.where(rows, self.beta, self.beta_before)
+        self.beta = torch.where(rows, beta, self.beta)
+        unit = applied / torch.where(beta > 0, beta, 1.0).unsqueeze(1)
+        self.direction = torch.where(by_row, unit, self.direction)
+        for name in ("lanczos_before", "update", "update_before", "image", "image_before"):
+            setattr(self, name, torch.where(fresh, 0.0, getattr(self, name)))
+        for name in ("beta_before", "delta_bar", "epsilon", "sine"):
+            setattr(self, name, torch.where(restarted, 0.0, getattr(self, name)))
+        self.cosine = torch.where(restarted, -1.0, self.cosine)
+        self.phi_bar = torch.where(restarted, beta, self.phi_bar)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotients as a column, zero where there is nothing to divide by."""
+    safe = torch.where(denominator > 0, denominator, 1.0)
+    return torch.where(denominator > 0, numerator / safe, 0.0).unsqueeze(1)

@@ -1,0 +1,161 @@
+"""Runs that advance many right-hand sides at once, each on its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from hessops.operators.solution import Solution, SolveStatus
+from hessops.solvers.outcomes import (
+    DRIFT_FACTOR,
+    Outcomes,
+    Problem,
+    Run,
+    following_check,
+    safe_norms,
+)
+
+
+class Phase(IntEnum):
+    """What the next application of the operator does for a right-hand side."""
+
+    STEP = 0  # multiplies its search direction
+    VERIFY = 1  # multiplies its iterate, for the true residual
+    DONE = 2
+
+
+class RowRun(Run):
+    """One solve by a method with a short recurrence, and its verification by true residuals.
+
+    Every operation acts on each row alone, so that the iterates of one right-hand side do not
+    depend, to the last bit, on the others. Rows that are done stay in the stack as zeros: removing
+    them would change the shape of the products and with it their rounding.
+
+    A subclass defines ``_step`` and keeps `direction`, `iterate`, `residual` and `estimates`, the
+    norm of the residual of its recurrence.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.outcomes = Outcomes(problem)
+        self.iterate = torch.zeros_like(problem.rhs)
+        self.residual = problem.rhs.clone()
+        self.direction = torch.zeros_like(problem.rhs)
+        self.estimates = self.outcomes.rhs_norms.clone()
+        self.num_applications = 0
+        # Largest ‖Ap‖/‖p‖ met: a lower bound of ‖A‖ for the curvature test.
+        self.operator_norms = torch.zeros_like(self.estimates)
+        self.next_check = following_check(self.estimates, problem.tolerances)
+        active = self.outcomes.undecided
+        # Rows whose recurrence cannot go on, so that it must start anew from the true residual.
+        self.must_restart = torch.zeros_like(active)
+        self.phase = torch.where(active, int(Phase.STEP), int(Phase.DONE))
+        cold = active
+        if problem.start is not None:
+            self.iterate = problem.start.clone()
+            warm = active & (problem.start != 0).any(dim=1)
+            self.must_restart = warm
+            self.phase = torch.where(warm, int(Phase.VERIFY), self.phase)
+            cold = active & ~warm
+        self.outcomes.keep(self.estimates, cold)
+        none = torch.zeros_like(cold)
+        if bool(cold.any()):
+            self._step(torch.zeros_like(problem.rhs), stepping=none, restarted=cold)
+
+    @abstractmethod
+    def _step(self, products: Tensor, *, stepping: Tensor, restarted: Tensor) -> None:
+        """The hook: advances some rows, and begins the recurrence of others at their residual.
+
+        One application of the preconditioner must serve both.
+        """
+
+    @property
+    def iterations(self) -> Tensor:  # type: ignore[override]  # kept with the outcomes
+        """Steps taken by each row, ``(k,)``."""
+        return self.outcomes.iterations
+
+    def is_finished(self) -> bool:
+        """Whether every row is done."""
+        return bool((self.phase == Phase.DONE).all())
+
+    def vectors(self) -> Tensor:
+        """Search directions, iterates to verify, and zeros for what is done."""
+        verifying = (self.phase == Phase.VERIFY).unsqueeze(1)
+        done = (self.phase == Phase.DONE).unsqueeze(1)
+        chosen = torch.where(verifying, self.iterate, self.direction)
+        return torch.where(done, 0.0, chosen)
+
+    def advance(self, products: Tensor) -> None:
+        """Steps and verifies, each row as its phase says."""
+        self.num_applications += 1
+        stepping, verifying = self.phase == Phase.STEP, self.phase == Phase.VERIFY
+        restarted = self._verify(products, verifying)
+        finite = products.isfinite().all(dim=1)
+        self.end(stepping & ~finite, SolveStatus.NON_FINITE)
+        self._step(products, stepping=stepping & finite, restarted=restarted)
+
+    def end(self, rows: Tensor, status: SolveStatus) -> None:
+        """Verifies these rows one last time; the status stands unless the tolerance is met."""
+        self.outcomes.decide(rows, status)
+        self.phase = torch.where(rows, int(Phase.VERIFY), self.phase)
+
+    def note_curvature(self, products: Tensor, curvature: Tensor, rows: Tensor) -> Tensor:
+        """Notes norm and curvature of the operator along the directions; returns ‖p‖²."""
+        length: Tensor = self.direction.square().sum(dim=1)
+        growth = safe_norms(products) / length.sqrt()
+        self.operator_norms = torch.where(
+            rows, self.operator_norms.maximum(growth), self.operator_norms
+        )
+        smallest = self.outcomes.smallest_curvatures
+        self.outcomes.smallest_curvatures = torch.where(
+            rows, smallest.minimum(curvature / length), smallest
+        )
+        return length
+
+    def moved(self, rows: Tensor) -> None:
+        """Counts a step of some rows and sends to verification what is due."""
+        self.outcomes.iterations = self.outcomes.iterations + rows
+        self.outcomes.keep(self.estimates, rows)
+        due = (self.estimates <= self.next_check) | (self.iterations >= self.problem.maxiter)
+        due = due | self.must_restart
+        self.phase = torch.where(rows & due, int(Phase.VERIFY), self.phase)
+
+    def _verify(self, products: Tensor, verifying: Tensor) -> Tensor:
+        """Measures true residuals; returns the rows whose recurrence begins anew from them."""
+        outcomes = self.outcomes
+        residual = self.problem.rhs - products
+        norms = residual.norm(dim=1)
+        finite = norms.isfinite()
+        before = outcomes.measured(self.iterate, norms, verifying)
+        going_on = verifying & outcomes.undecided
+        # The recurrence has drifted from the truth: restart from the truth, as long as that helps.
+        drifted = ~(norms <= DRIFT_FACTOR * self.estimates) | self.must_restart
+        outcomes.decide(going_on & ~finite, SolveStatus.NON_FINITE)
+        spent = self.iterations >= self.problem.maxiter
+        outcomes.judge_restart(going_on & drifted, norms, before, SolveStatus.STAGNATED)
+        outcomes.decide(going_on & spent, SolveStatus.MAX_ITERATIONS)
+        going_on = going_on & outcomes.undecided
+        restarted: Tensor = going_on & drifted
+        self.residual = torch.where(restarted.unsqueeze(1), residual, self.residual)
+        self.estimates = torch.where(restarted, norms, self.estimates)
+        outcomes.keep(self.estimates, restarted & (self.iterations == 0))
+        self.must_restart = self.must_restart & ~verifying
+        checks = following_check(self.estimates, self.problem.tolerances)
+        self.next_check = torch.where(going_on, checks, self.next_check)
+        self.phase = torch.where(verifying, int(Phase.DONE), self.phase)
+        self.phase = torch.where(going_on, int(Phase.STEP), self.phase)
+        return restarted
+
+    def worst_residual(self) -> float:
+        """Largest relative residual of the recurrence among the rows that are not done."""
+        active = self.phase != Phase.DONE
+        norms = self.outcomes.rhs_norms
+        relative = self.estimates / torch.where(norms > 0, norms, 1.0)
+        return float(torch.where(active, relative, 0.0).max().item())
+
+    def solution(self) -> Solution:
+        """The outcome of every row."""
+        return self.outcomes.solution(self.num_applications)
