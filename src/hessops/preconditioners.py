@@ -326,7 +326,7 @@ class _Nystroem(FittedPreconditioner):
         values, basis = self.sketch.eigen_vals, self.sketch.projections
         if not len(values):
             return rows.clone()
-        gains = (self.smallest + self.total_shift) / (values + self.total_shift) - 1
+        gains = (values[-1] + self.total_shift) / (values + self.total_shift) - 1
         return rows + (rows @ basis * gains) @ basis.T
 
     def _move(self, device: torch.device) -> Self:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.solvers.outcomes import (
     CANDIDATE_FACTOR,
+    CHECK_INTERVAL,
     CURVATURE_NOISE,
     DRIFT_FACTOR,
     Outcomes,
@@ -245,7 +246,8 @@ class BlockRun(Run):
     def _choose_candidates(self) -> None:
         """Which iterates to verify, and whether to step on beside them."""
         undecided = self.outcomes.undecided
-        due = undecided & (self.estimates <= self.next_check) & ~self.drifted
+        due = (self.estimates <= self.next_check) | (self.steps % CHECK_INTERVAL == 0)
+        due = due & undecided & ~self.drifted
         spent = self.steps >= self.problem.maxiter
         if spent:
             due = undecided

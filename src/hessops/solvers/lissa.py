@@ -29,7 +29,7 @@ from hessops.operators.curvature import BatchOperator
 from hessops.operators.inverse import InverseOperator
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.randomness import resolved_generator
-from hessops.solvers.outcomes import CountedMap, Outcomes, Problem
+from hessops.solvers.outcomes import CODE, CountedMap, Outcomes, Problem
 from hessops.streaming import BatchStream, Unpack
 from hessops.validation import checked_count, checked_number, checked_rows
 
@@ -43,8 +43,10 @@ DIVERGENCE_FACTOR = 2
 # Updates of a whole pass below half the tolerance are worth a look at the true residual; where that
 # does not meet it, a tenth of it is.
 QUIET_FACTOR, QUIETER_FACTOR = 0.5, 0.1
-# Above the smallest scale that is stable, (a + λ) / (2 - d) for a the largest eigenvalue.
+# Above the smallest scale that is stable, (a + λ) / (2 - d) for a the largest eigenvalue; and where
+# steps differ, above twice that, so that no step overshoots and adds to the noise.
 SCALE_MARGIN = 1.1
+SCALE_MARGIN_OF_BATCHES = 2.2
 # Products by which the extreme eigenvalues of a batch, and of the whole data, are estimated.
 LANCZOS_STEPS_OF_BATCH, LANCZOS_STEPS_OF_DATA = 10, 20
 
@@ -142,7 +144,8 @@ class LissaOperator(InverseOperator):
         maxiter: Most steps of each chain; a step is one batch.
         dampen: d, 0 <= d < 2. It changes the answer, by d·s on the diagonal.
         scale: s > 0. ``"auto"`` takes the smallest one that is safe, from an estimate of the
-            largest eigenvalue of any batch: ten products with each batch, once.
+            largest eigenvalue of any batch: ten products with each batch, once. With several
+            batches it is twice the smallest that is stable, so that no step overshoots.
         rtol: Relative tolerance.
         progress: Shows a progress bar with the steps and the largest relative update.
         warn_on_max_iteration: ``True`` warns and logs when a solve stops short of its tolerance,
@@ -315,7 +318,8 @@ class LissaOperator(InverseOperator):
     def _safe_scale(self) -> float:
         smallest, largest = (value + self.regularization for value in self._spectrum())
         size = max(largest, abs(smallest), torch.finfo(self.dtype).tiny)
-        return SCALE_MARGIN * size / (2 - self.dampen)
+        margin = SCALE_MARGIN if self._steps.period == 1 else SCALE_MARGIN_OF_BATCHES
+        return margin * size / (2 - self.dampen)
 
     def _spectrum(self) -> tuple[float, float]:
         if self._extremes is None:
@@ -404,18 +408,32 @@ class LissaOperator(InverseOperator):
         outcomes.measured(value, norms, every)
         outcomes.decide(every, SolveStatus.MAX_ITERATIONS)
         applications = sum(chain.num_products for chain in chains) + 1
-        return outcomes.solution(applications, self._detail(scale, bool(diverged.any())))
+        converged = bool((outcomes.status == CODE[SolveStatus.CONVERGED]).all())
+        detail = self._detail(scale, diverged=bool(diverged.any()), converged=converged)
+        return outcomes.solution(applications, detail)
 
-    def _detail(self, scale: float, diverged: bool) -> str:
-        if self.scale != "auto" and not diverged:
+    def _choice(self, scale: float) -> str:
+        if self.scale != "auto":
             return ""
+        largest = self._spectrum()[1] + self.regularization
+        return (
+            f"scale={scale:.4g}, chosen for a largest eigenvalue {self._steps.whose} of about "
+            f"{largest:.3g}, regularization included."
+        )
+
+    def _noise(self) -> str:
+        if self._steps.period == 1:
+            return ""
+        return (
+            "Steps of several batches keep their noise: more points in a batch, a larger scale or "
+            "more chains reduce it."
+        )
+
+    def _detail(self, scale: float, *, diverged: bool, converged: bool) -> str:
+        if not diverged:
+            return " ".join(filter(None, [self._choice(scale), "" if converged else self._noise()]))
         smallest, largest = (value + self.regularization for value in self._spectrum())
         whose = self._steps.whose
-        if not diverged:
-            return (
-                f"scale={scale:.4g}, chosen for a largest eigenvalue {whose} of about "
-                f"{largest:.3g}, regularization included."
-            )
         least = largest / (2 - self.dampen)
         if scale < SCALE_MARGIN * least:
             return (

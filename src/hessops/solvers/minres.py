@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hessops.functional.precision import scaled_rows
 from hessops.operators.solution import SolveStatus
 from hessops.solvers.krylov import KrylovOperator
 from hessops.solvers.outcomes import Problem, Run
 from hessops.solvers.rows import RowRun
 
-# A least-squares solution is reached where ‖Ar‖ falls below this multiple of eps‖A‖‖r‖.
-LEAST_SQUARES_FACTOR = 100
+# A least-squares solution is reached where ‖Ar‖ falls below this multiple of √eps‖A‖‖r‖; rounding
+# seldom lets it fall much further.
+LEAST_SQUARES_FACTOR = 1
+# A projected matrix whose smallest pivot is below this multiple of eps‖A‖ is singular.
+SINGULAR_FACTOR = 100
 
 
 class MinresOperator(KrylovOperator):
@@ -93,11 +97,9 @@ class _MinresRun(RowRun):
         following = torch.where(restarted.unsqueeze(1), self.residual, following)
         following = torch.where(rows.unsqueeze(1), following, 0.0)
         applied = self.problem.precondition(following)
-        squared = (following * applied).sum(dim=1)
-        noise = torch.finfo(products.dtype).eps * following.norm(dim=1) * applied.norm(dim=1)
-        unsuitable = rows & ~(squared >= -noise)
-        rows = rows & ~unsuitable
-        beta = squared.clamp(min=0).sqrt()
+        beta, positive = _norm_in(following, applied)
+        unsuitable = rows & ~positive
+        rows = rows & positive
         self._rotate(products, alpha, beta, stepping & rows)
         self._shift_lanczos(following, applied, beta, rows, restarted)
         self.end(unsuitable, SolveStatus.PRECONDITIONER)
@@ -111,14 +113,19 @@ class _MinresRun(RowRun):
     def _rotate(self, products: Tensor, alpha: Tensor, beta: Tensor, rows: Tensor) -> None:
         """The next rotation, and with it the next iterate of some rows."""
         eps = torch.finfo(products.dtype).eps
-        column = torch.stack([alpha, self.beta, beta]).norm(dim=0)
+        # The first β is the norm of the residual and no entry of the projected matrix.
+        above = torch.where(self.beta_before > 0, self.beta, 0.0)
+        column = torch.stack([alpha.abs(), above, beta]).amax(dim=0)
         norm = torch.where(rows, self.norm_in_space.maximum(column), self.norm_in_space)
         delta = self.cosine * self.delta_bar + self.sine * alpha
         gamma_bar = self.sine * self.delta_bar - self.cosine * alpha
         delta_bar = -self.cosine * beta
         gamma = torch.hypot(gamma_bar, beta)
-        singular = rows & (gamma <= eps * norm)
-        moving = rows & ~singular
+        # ‖Ar‖ / ‖r‖ before the step, as the rotation tells it (Choi 2006).
+        slope = torch.hypot(gamma_bar, delta_bar)
+        stuck = (slope <= LEAST_SQUARES_FACTOR * eps**0.5 * norm) & rows
+        stuck = stuck | (rows & (gamma <= SINGULAR_FACTOR * eps * norm))
+        moving = rows & ~stuck
         gamma = torch.where(moving, gamma, 1.0)
         self._update_directions(products, delta, gamma, moving)
         phi = torch.where(moving, gamma_bar / gamma * self.phi_bar, 0.0).unsqueeze(1)
@@ -134,10 +141,7 @@ class _MinresRun(RowRun):
         # The next Lanczos vector is rounding: the space is exhausted.
         self.must_restart = self.must_restart | (moving & (beta <= eps * norm))
         self.moved(moving)
-        # ‖Ar‖ / ‖r‖, as the rotation tells it (Choi 2006).
-        slope = torch.hypot(gamma_bar, delta_bar)
-        stuck = moving & (slope <= LEAST_SQUARES_FACTOR * eps * norm)
-        self.end(singular | stuck, SolveStatus.BREAKDOWN)
+        self.end(stuck, SolveStatus.BREAKDOWN)
 
     def _update_directions(
         self, products: Tensor, delta: Tensor, gamma: Tensor, rows: Tensor
@@ -169,6 +173,19 @@ class _MinresRun(RowRun):
             setattr(self, name, torch.where(restarted, 0.0, getattr(self, name)))
         self.cosine = torch.where(restarted, -1.0, self.cosine)
         self.phi_bar = torch.where(restarted, beta, self.phi_bar)
+
+
+def _norm_in(rows: Tensor, applied: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms √(rᵀMr) of some rows, given Mr, and whether they are real up to rounding.
+
+    Scaled, so that no square leaves the range of the dtype.
+    """
+    left, left_size = scaled_rows(rows)
+    right, right_size = scaled_rows(applied)
+    squared = (left * right).sum(dim=1)
+    noise = torch.finfo(rows.dtype).eps * left.norm(dim=1) * right.norm(dim=1)
+    sizes = left_size.sqrt() * right_size.sqrt()
+    return squared.clamp(min=0).sqrt() * sizes.squeeze(1), squared >= -noise
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ CURVATURE_NOISE = 100
 # The true residual is measured at least this often, so that a drift is seen, and a good iterate is
 # kept, long before the recurrence meets a tolerance that the precision does not allow.
 CHECK_FACTOR = 0.01
+# And after so many steps, so that a recurrence that falls no further is compared with the truth.
+CHECK_INTERVAL = 100
 # A true residual above twice that of the recurrence ends the trust in the recurrence.
 DRIFT_FACTOR = 2
 # A restart should bring the true residual below this fraction of the best one before. It may fail

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.solvers.outcomes import (
+    CHECK_INTERVAL,
     DRIFT_FACTOR,
     Outcomes,
     Problem,
@@ -120,7 +121,7 @@ class RowRun(Run):
         self.outcomes.iterations = self.outcomes.iterations + rows
         self.outcomes.keep(self.estimates, rows)
         due = (self.estimates <= self.next_check) | (self.iterations >= self.problem.maxiter)
-        due = due | self.must_restart
+        due = due | self.must_restart | (self.iterations % CHECK_INTERVAL == 0)
         self.phase = torch.where(rows & due, int(Phase.VERIFY), self.phase)
 
     def _verify(self, products: Tensor, verifying: Tensor) -> Tensor:

@@ -1,0 +1,200 @@
+"""Every solver with every preconditioner, conditioning and stack of right-hand sides."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import product
+
+import pytest
+import torch
+from reference import random_spd
+from solver_cases import (
+    CELLS,
+    CONDITIONING,
+    PRECONDITIONED,
+    RIGHT_HAND_SIDES,
+    SIZE,
+    SOLVERS,
+    normal,
+    solve_cell,
+    true_residuals,
+)
+
+from hessops import DirectSolveOperator, LissaOperator, LowRankOperator, SolveStatus
+
+HONEST_FAILURES = {SolveStatus.MAX_ITERATIONS, SolveStatus.STAGNATED}
+
+
+@pytest.mark.parametrize(("solver", "preconditioner", "conditioning", "rhs"), CELLS)
+def test_the_true_residual_meets_the_tolerance_or_the_status_says_that_it_does_not(
+    solver: str, preconditioner: str, conditioning: str, rhs: str
+) -> None:
+    matrix, vectors, _, solution = solve_cell(solver, preconditioner, conditioning, rhs)
+    assert solution.value.shape == vectors.shape
+    assert bool(solution.value.isfinite().all())
+    assert not solution.value.requires_grad
+    true = true_residuals(matrix, vectors, solution.value)
+    rtol = solution.tolerances.double() / torch.where(
+        solution.rhs_norms > 0, solution.rhs_norms, 1.0
+    )
+    # What the sums of the reference and of the solver round differently: eps‖A‖‖x‖, with ‖A‖ = 1.
+    sizes = solution.value.reshape(len(true), -1).double().norm(dim=1)
+    sizes = sizes / torch.where(solution.rhs_norms > 0, solution.rhs_norms, 1.0)
+    slack = 50 * torch.finfo(matrix.dtype).eps * (1 + sizes)
+    for row, status in enumerate(solution.status):
+        if status is SolveStatus.CONVERGED:
+            assert true[row] <= rtol[row] + slack[row]
+        else:
+            assert status in HONEST_FAILURES
+            assert true[row] >= rtol[row] - slack[row]
+            assert len(status.advice) > 20
+    reported = solution.relative_residual_norms.double()
+    assert bool(((reported - true).abs() <= 0.01 * true + slack).all())
+
+
+# The cells that converge as they should; the others would be out of iterations with any tolerance
+# and prove nothing about right answers.
+HARD = {
+    ("cg", "none", "1e8"),
+    ("cg", "jacobi", "1e8"),
+    ("minres", "none", "1e8"),
+    ("minres", "jacobi", "1e8"),
+    ("block cg", "none", "1e8"),
+    ("block cg", "jacobi", "1e8"),
+    *(("lissa", "none", conditioning) for conditioning in ("1e4", "1e8", "float32 1e3")),
+}
+
+
+@pytest.mark.parametrize(
+    ("solver", "preconditioner", "conditioning", "rhs"),
+    [cell for cell in CELLS if cell[:3] not in HARD],
+)
+def test_what_is_not_too_hard_converges(
+    solver: str, preconditioner: str, conditioning: str, rhs: str
+) -> None:
+    *_, solution = solve_cell(solver, preconditioner, conditioning, rhs)
+    assert solution.status == (SolveStatus.CONVERGED,) * len(solution.status)
+
+
+@pytest.mark.parametrize("rhs", RIGHT_HAND_SIDES)
+def test_block_cg_solves_even_the_worst_conditioned_system_for_several(rhs: str) -> None:
+    *_, solution = solve_cell("block cg", "none", "1e8", rhs)
+    assert bool(solution.converged.all())
+
+
+def test_the_grid_has_every_cell() -> None:
+    named = {cell[0] for cell in CELLS}
+    assert named == set(SOLVERS)
+    per_solver = len(CONDITIONING) * len(RIGHT_HAND_SIDES)
+    assert len(CELLS) == per_solver * (4 * len(PRECONDITIONED) + 3)
+    for solver in (LissaOperator, DirectSolveOperator, LowRankOperator):
+        assert "preconditioner" not in inspect.signature(solver).parameters
+
+
+@pytest.mark.parametrize(
+    ("solver", "preconditioner"), list(product(PRECONDITIONED, ("none", "jacobi", "nystroem")))
+)
+def test_two_equal_calls_are_bitwise_equal_and_leave_the_random_state(
+    solver: str, preconditioner: str
+) -> None:
+    state = torch.get_rng_state()
+    first = solve_cell(solver, preconditioner, "1e4", "5")[-1]
+    second = solve_cell(solver, preconditioner, "1e4", "5")[-1]
+    assert torch.equal(first.value, second.value)
+    assert torch.equal(first.residual_norms, second.residual_norms)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_results_carry_no_graph(solver: str) -> None:
+    matrix = random_spd(SIZE, 10.0)
+    rhs = normal(2, SIZE).requires_grad_()
+    inverse = SOLVERS[solver](matrix, None)
+    assert not inverse.apply(rhs).requires_grad
+    solution = inverse.solve(rhs)
+    tensors = (solution.value, solution.residual_norms, solution.smallest_curvatures)
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+@pytest.mark.parametrize("solver", ["cg", "block cg", "minres", "lissa"])
+def test_a_warm_start_near_the_solution_saves_steps(solver: str) -> None:
+    matrix, rhs = random_spd(SIZE, 1e2), normal(2, SIZE)
+    inverse = SOLVERS[solver](matrix, None)
+    cold = inverse.solve(rhs)
+    exact = torch.linalg.solve(matrix, rhs.T).T
+    near = exact + 1e-6 * normal(2, SIZE, seed=9) * exact.norm(dim=1, keepdim=True)
+    warm = inverse.solve(rhs, x0=near)
+    assert bool(warm.converged.all())
+    assert int(warm.iterations.max()) < int(cold.iterations.max())
+    assert bool((true_residuals(matrix, rhs, warm.value) <= 1.01 * inverse.rtol).all())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_start_at_the_solution_takes_no_step(solver: str) -> None:
+    matrix, rhs = random_spd(SIZE, 10.0), normal(2, SIZE)
+    exact = torch.linalg.solve(matrix, rhs.T).T
+    solution = SOLVERS[solver](matrix, None).solve(rhs, x0=exact)
+    assert bool(solution.converged.all())
+    # The recursion of LiSSA looks at its residual by a step.
+    assert int(solution.iterations.max()) <= (1 if solver == "lissa" else 0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_start_far_away_does_no_harm(solver: str) -> None:
+    matrix, rhs = random_spd(SIZE, 10.0), normal(3, SIZE)
+    rhs[1] = 0
+    start = 1e6 * normal(3, SIZE, seed=4)
+    solution = SOLVERS[solver](matrix, None).solve(rhs, x0=start)
+    assert bool(solution.converged.all())
+    assert solution.value[1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_start_that_does_not_fit_is_refused(solver: str) -> None:
+    inverse = SOLVERS[solver](random_spd(SIZE, 10.0), None)
+    for start, error in (
+        (normal(SIZE), ValueError),
+        (normal(3, SIZE), ValueError),
+        (normal(2, SIZE).float(), TypeError),
+        (normal(2, SIZE) / 0, ValueError),
+    ):
+        with pytest.raises(error, match="x0"):
+            inverse.solve(normal(2, SIZE), x0=start)
+
+
+@pytest.mark.parametrize("solver", ["cg", "block cg", "minres", "lissa"])
+def test_the_history_has_an_entry_for_the_start_and_each_step(solver: str) -> None:
+    matrix, rhs = random_spd(SIZE, 10.0), normal(3, SIZE)
+    inverse = SOLVERS[solver](matrix, None)
+    assert inverse.solve(rhs).residual_history is None
+    for start in (None, normal(3, SIZE, seed=5)):
+        solution = inverse.solve(rhs, x0=start, history=True)
+        assert solution.residual_history is not None
+        for row, history in enumerate(solution.residual_history):
+            assert history.shape == (int(solution.iterations[row]) + 1,)
+            assert history[-1] <= 1.01 * solution.tolerances[row]
+        first = torch.stack([history[0] for history in solution.residual_history])
+        at_start = rhs if start is None else rhs - start @ matrix
+        if solver != "lissa" or start is not None:
+            assert torch.allclose(first, at_start.norm(dim=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["cg", "block cg", "minres", "lissa"])
+def test_progress_is_shown_on_request_only(solver: str, capsys) -> None:
+    inverse = SOLVERS[solver](random_spd(SIZE, 10.0), None)
+    inverse.solve(normal(SIZE))
+    assert capsys.readouterr().err == ""
+    inverse.progress = True  # type: ignore[attr-defined]
+    inverse.solve(normal(SIZE))
+    shown = capsys.readouterr().err
+    assert "residual" in shown or "update" in shown
+
+
+def test_a_report_says_how_it_ended_and_what_to_change() -> None:
+    *_, solution = solve_cell("cg", "nystroem", "1e4", "5")
+    report = solution.report()
+    assert "5 of 5 converged" in report
+    assert f"{solution.num_preconditioner_applications} of the preconditioner" in report
+    *_, short = solve_cell("lissa", "none", "1e8", "5")
+    assert "raise maxiter" in short.report()
+    assert short.advice == tuple(status.advice for status in short.status)
