@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from itertools import product
 
 import pytest
@@ -19,8 +20,22 @@ from solver_cases import (
     solve_cell,
     true_residuals,
 )
+from torch import nn
 
-from hessops import DirectSolveOperator, LissaOperator, LowRankOperator, SolveStatus
+from hessops import (
+    CgOperator,
+    DiagonalOperator,
+    DirectSolveOperator,
+    GeneralizedGaussNewtonOperator,
+    LissaOperator,
+    LowRankOperator,
+    LowRankProductOperator,
+    LowRankProductRepresentation,
+    MatrixOperator,
+    MinresOperator,
+    SolveStatus,
+)
+from hessops.errors import MissingInverseError, SingularOperatorError, StructureError
 
 HONEST_FAILURES = {SolveStatus.MAX_ITERATIONS, SolveStatus.STAGNATED}
 
@@ -198,3 +213,72 @@ def test_a_report_says_how_it_ended_and_what_to_change() -> None:
     *_, short = solve_cell("lissa", "none", "1e8", "5")
     assert "raise maxiter" in short.report()
     assert short.advice == tuple(status.advice for status in short.status)
+
+
+# --- direct solves of operators ------------------------------------------------------------
+
+
+def test_a_direct_solve_takes_any_operator() -> None:
+    matrix, rhs = random_spd(SIZE, 1e3), normal(3, SIZE)
+    operator = 0.5 * MatrixOperator(matrix) + 0.5 * MatrixOperator(matrix).shift(1e-3)
+    inverse = operator.inverse(DirectSolveOperator)
+    damped = matrix + 5e-4 * torch.eye(SIZE).double()
+    assert float(true_residuals(damped, rhs, inverse.apply(rhs)).max()) <= 1e-12
+    changed = inverse.with_regularization(1.0)
+    more = damped + torch.eye(SIZE).double()
+    assert float(true_residuals(more, rhs, changed.apply(rhs)).max()) <= 1e-12
+
+
+def test_a_direct_solve_of_a_network_follows_its_refreshed_model() -> None:
+    model = nn.Linear(3, 2).double()
+    data = [(normal(20, 3), normal(20, 2, seed=3).softmax(dim=1))]
+    ggn = GeneralizedGaussNewtonOperator(model, nn.CrossEntropyLoss(), data)
+    inverse = ggn.inverse(partial(DirectSolveOperator, regularization=0.1))
+    rhs = normal(2, ggn.input_size)
+    before = inverse.apply(rhs)
+    assert inverse.space == ggn.space
+    assert inverse.apply_to_dict(ggn.space.unflatten(rhs)).keys() == set(ggn.space.names)
+    with torch.no_grad():
+        model.weight.mul_(3)
+    assert torch.equal(inverse.apply(rhs), before)
+    inverse.refresh()
+    dense = ggn.to_dense() + 0.1 * torch.eye(ggn.input_size).double()
+    assert float(true_residuals(dense, rhs, inverse.apply(rhs)).max()) <= 1e-12
+    assert not torch.allclose(inverse.apply(rhs), before)
+
+
+def test_a_direct_solve_of_an_operator_that_is_not_symmetric_is_right() -> None:
+    matrix = normal(6, 6)
+    inverse = DirectSolveOperator(MatrixOperator(matrix) @ MatrixOperator(matrix))
+    rhs = normal(2, 6)
+    assert float(true_residuals(matrix @ matrix, rhs, inverse.apply(rhs)).max()) <= 1e-10
+
+
+def test_a_singular_operator_is_refused_with_its_condition() -> None:
+    operator = LowRankProductOperator(
+        LowRankProductRepresentation(torch.ones(2).double(), torch.eye(5).double()[:, :2])
+    )
+    with pytest.raises(SingularOperatorError, match="singular"):
+        operator.inverse(DirectSolveOperator)
+    with pytest.raises(ValueError, match="in_place_regularization"):
+        DirectSolveOperator(operator, 1.0, in_place_regularization=True)
+
+
+@pytest.mark.parametrize(
+    "solver", [CgOperator, partial(CgOperator, use_block_cg=True), MinresOperator]
+)
+def test_any_solver_inverts_any_operator_by_one_line(solver) -> None:
+    matrix, rhs = random_spd(SIZE, 1e3), normal(3, SIZE)
+    operator = MatrixOperator(matrix).shift(0.1)
+    inverse = operator.inverse(partial(solver, rtol=1e-9))
+    damped = matrix + 0.1 * torch.eye(SIZE).double()
+    assert float(true_residuals(damped, rhs, inverse.apply(rhs)).max()) <= 1.01e-9
+    with pytest.raises(MissingInverseError, match=r"inverse\(partial\(CgOperator, rtol=1e-6\)\)"):
+        (MatrixOperator(matrix) + MatrixOperator(matrix)).inverse()
+
+
+def test_a_regularization_that_leaves_an_operator_indefinite_is_refused_again() -> None:
+    operator = DiagonalOperator(torch.tensor([1.0, -1.0]))
+    inverse = CgOperator(operator, 2.0)
+    with pytest.raises(StructureError, match="not positive semi-definite"):
+        inverse.with_regularization(0.0)
