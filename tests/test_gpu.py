@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from reference import relative_error
+from reference import random_spd, relative_error
+from solver_cases import true_residuals
 from test_layers import LAYERS, OPERATORS, case
 from torch import nn
 
-from hessops import CgOperator, DirectSolveOperator, GeneralizedGaussNewtonOperator
+from hessops import (
+    CgOperator,
+    DirectSolveOperator,
+    GeneralizedGaussNewtonOperator,
+    JacobiPreconditioner,
+    LissaOperator,
+    MatrixOperator,
+    MinresOperator,
+    NystroemPreconditioner,
+)
 from hessops.testing import check_operator
 
 pytestmark = pytest.mark.gpu
@@ -48,3 +60,29 @@ def test_solves_equal_those_on_the_cpu_and_leave_the_random_state() -> None:
     direct = DirectSolveOperator(on_gpu.to_dense(), 1e-2).apply(rhs)
     assert relative_error(direct.cpu(), expected) < 1e-6
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("recipe", [None, JacobiPreconditioner(4), NystroemPreconditioner(5)])
+@pytest.mark.parametrize(
+    "solver", [CgOperator, partial(CgOperator, use_block_cg=True), MinresOperator]
+)
+def test_solvers_meet_their_tolerance(solver, recipe, dtype: torch.dtype) -> None:
+    matrix = random_spd(40, 1e3, dtype=dtype)
+    rhs = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rhs[3] = rhs[1]
+    rhs[4] = 0
+    inverse = solver(MatrixOperator(matrix.cuda()), preconditioner=recipe)
+    solution = inverse.solve(rhs)
+    assert solution.value.device.type == "cuda"
+    assert bool(solution.converged.all())
+    assert float(true_residuals(matrix, rhs, solution.value.cpu()).max()) <= 1.1 * inverse.rtol
+
+
+def test_lissa_meets_its_tolerance() -> None:
+    matrix = random_spd(20, 10.0)
+    rhs = torch.ones(20, dtype=torch.float64)
+    operator = MatrixOperator(50 * matrix.cuda())
+    solution = LissaOperator.from_operator(operator, scale="auto").solve(rhs)
+    assert bool(solution.converged.all())
+    assert float(true_residuals(50 * matrix, rhs, solution.value.cpu()).max()) <= 1.01e-4

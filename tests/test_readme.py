@@ -50,5 +50,6 @@ def test_the_sessions_named_by_the_readme_and_the_ci_script_exist():
 
 def test_every_public_name_has_an_entry_in_the_api_reference():
     reference = (ROOT / "docs" / "api.md").read_text("utf-8")
-    documented = set(re.findall(r"^\.\. (?:auto\w+|function|py:class):: hessops\.(\w+)", reference, re.M))
+    entry = r"^\.\. (?:auto\w+|function|py:class):: hessops\.(\w+)"
+    documented = set(re.findall(entry, reference, re.M))
     assert set(hessops.__all__) - {"__version__"} <= documented

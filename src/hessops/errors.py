@@ -80,10 +80,6 @@ class MemoryLimitError(HessopsError, MemoryError):
     """A dense result would not fit into memory."""
 
 
-class NotYetSupportedError(HessopsError, NotImplementedError):
-    """A documented feature that this version does not have yet."""
-
-
 class SolverError(HessopsError, ArithmeticError):
     """A solve ended without an answer that could be returned."""
 
