@@ -23,7 +23,7 @@ from hessops.solvers.outcomes import (
 
 # What is cut off when the rank of a block is reduced stays below this share of the tolerances.
 TRUNCATION_FACTOR = 0.1
-# Pivots of a scaled Gram matrix below this multiple of eps per column may be rounding.
+# Pivots of a scaled Gram matrix below this multiple of eps may be rounding.
 PIVOT_NOISE = 10
 
 
@@ -181,7 +181,7 @@ class BlockRun(Run):
         triangle = block.triangle
         if precondition.product is not None:
             applied = precondition(block.basis.T.contiguous()).T
-            factor = _cholesky(block.basis.T @ applied)
+            factor = _cholesky(_symmetrised(block.basis.T @ applied), applied.dtype)
             if factor is None:
                 self._fail(SolveStatus.PRECONDITIONER)
                 return
@@ -204,7 +204,7 @@ class BlockRun(Run):
             self.operator_norm, (safe_norms(products.T) / lengths.sqrt()).max().item()
         )
         self._note_curvature((projection.diagonal() / lengths).min())
-        factor = _cholesky(projection)
+        factor = _cholesky(projection, directions.dtype)
         if factor is not None:
             return torch.cholesky_inverse(factor, upper=True).to(directions.dtype)
         return self._inverse_on_curved_part(projection, lengths.sum().item())
@@ -368,19 +368,19 @@ def _symmetrised(matrix: Tensor) -> Tensor:
     return (wide + wide.T) / 2
 
 
-def _cholesky(gram: Tensor) -> Tensor | None:
+def _cholesky(gram: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The upper factor of a Gram matrix in float64; ``None`` where it is not clearly definite.
 
-    Scaled to a unit diagonal first, so that the pivots are relative to their columns.
+    Scaled to a unit diagonal first, so that the pivots are relative to their columns. They are
+    compared with the rounding of `dtype`, in which the matrix was computed.
     """
-    wide = _symmetrised(gram)
-    diagonal = wide.diagonal()
-    if not bool((diagonal > 0).all()) or not bool(wide.isfinite().all()):
+    diagonal = gram.diagonal()
+    if not bool((diagonal > 0).all()) or not bool(gram.isfinite().all()):
         return None
     roots = diagonal.sqrt()
     factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(wide / torch.outer(roots, roots), upper=True)
-    noise = PIVOT_NOISE * len(gram) * torch.finfo(gram.dtype).eps
+    factor, info = torch.linalg.cholesky_ex(gram / torch.outer(roots, roots), upper=True)
+    noise = PIVOT_NOISE * torch.finfo(dtype).eps
     if int(info) > 0 or factor.diagonal().square().min().item() <= noise:
         return None
     return factor * roots
