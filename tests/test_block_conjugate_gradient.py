@@ -260,3 +260,23 @@ def test_a_solve_from_a_start_has_the_right_answer_for_all() -> None:
     solution = block(matrix).solve(rhs, x0=start)
     assert bool(solution.converged.all())
     assert float(true_residuals(matrix, rhs, solution.value).max()) <= 1.001e-7
+
+
+def test_the_rank_of_the_right_hand_sides_is_what_is_multiplied() -> None:
+    class Recording(Counting):
+        def _apply_rows(self, rows: Tensor) -> Tensor:
+            widths.append(len(rows))
+            return super()._apply_rows(rows)
+
+    widths: list[int] = []
+    matrix, base = random_spd(60, 1e2), normal(3, 60)
+    dependent = torch.cat([base, normal(10, 3, seed=2) @ base, torch.zeros(2, 60).double()])
+    block(Recording(matrix)).solve(dependent)
+    assert widths[0] == 3
+    # Parts far below the tolerance are left out, too.
+    widths.clear()
+    near = dependent + 1e-11 * normal(15, 60, seed=6)
+    near[13:] = 0
+    solution = block(Recording(matrix)).solve(near)
+    assert widths[0] == 3
+    assert bool(solution.converged.all())

@@ -97,8 +97,10 @@ class BlockRun(Run):
         self.reason: SolveStatus | None = None
         self.phase = _Phase.MEASURE
         undecided = self._undecided()
+        # Right-hand sides whose residual at the start is not known before it is measured.
+        self.awaited = self.drifted if start is None else self.outcomes.undecided
+        self.outcomes.keep(self.estimates, ~self.awaited)
         if start is None and len(undecided):
-            self.outcomes.keep(self.estimates, self.outcomes.undecided)
             self._begin(undecided, problem.rhs[undecided])
 
     @property
@@ -312,6 +314,8 @@ class BlockRun(Run):
         norms = torch.zeros_like(self.estimates)
         norms[rows] = residual.norm(dim=1)
         before = self.outcomes.measured(iterate, norms, chosen)
+        self.outcomes.keep(norms, self.awaited)
+        self.awaited = torch.zeros_like(self.awaited)
         self.outcomes.decide(chosen & ~norms.isfinite(), SolveStatus.NON_FINITE)
         return before[rows]
 
@@ -325,10 +329,6 @@ class BlockRun(Run):
             restarting[rows] = True
             self.outcomes.judge_restart(restarting, norms_of_all, before_of_all, self.reason)
         left = self.outcomes.undecided[rows]
-        if self.steps == 0:
-            norms_of_all = self.outcomes.rhs_norms.clone()
-            norms_of_all[rows] = norms
-            self.outcomes.keep(norms_of_all, self.outcomes.undecided)
         if bool(left.any()):
             self._begin(rows[left], residual[left])
 

@@ -191,7 +191,8 @@ class Outcomes:
     def keep(self, residual_norms: Tensor, rows: Tensor) -> None:
         """Keeps the residual norms of some rows in the history, if there is one."""
         if self.problem.keeps_history:
-            self._history.append((residual_norms.clone(), rows.clone()))
+            norms = torch.where(residual_norms.isfinite(), residual_norms, torch.inf)
+            self._history.append((norms, rows.clone()))
 
     def solution(self, num_applications: int, detail: str = "") -> Solution:
         """The outcome in the scale of the caller's right-hand sides."""

@@ -54,15 +54,16 @@ class RowRun(Run):
         # Rows whose recurrence cannot go on, so that it must start anew from the true residual.
         self.must_restart = torch.zeros_like(active)
         self.phase = torch.where(active, int(Phase.STEP), int(Phase.DONE))
-        cold = active
+        none = warm = torch.zeros_like(active)
         if problem.start is not None:
             self.iterate = problem.start.clone()
             warm = active & (problem.start != 0).any(dim=1)
             self.must_restart = warm
             self.phase = torch.where(warm, int(Phase.VERIFY), self.phase)
-            cold = active & ~warm
-        self.outcomes.keep(self.estimates, cold)
-        none = torch.zeros_like(cold)
+        # Rows whose residual at the start is not known before it is measured.
+        self.awaited = warm
+        self.outcomes.keep(self.estimates, ~warm)
+        cold = active & ~warm
         if bool(cold.any()):
             self._step(torch.zeros_like(problem.rhs), stepping=none, restarted=cold)
 
@@ -142,7 +143,8 @@ class RowRun(Run):
         restarted: Tensor = going_on & drifted
         self.residual = torch.where(restarted.unsqueeze(1), residual, self.residual)
         self.estimates = torch.where(restarted, norms, self.estimates)
-        outcomes.keep(self.estimates, restarted & (self.iterations == 0))
+        outcomes.keep(norms, self.awaited)
+        self.awaited = torch.zeros_like(self.awaited)
         self.must_restart = self.must_restart & ~verifying
         checks = following_check(self.estimates, self.problem.tolerances)
         self.next_check = torch.where(going_on, checks, self.next_check)
