@@ -155,7 +155,7 @@ def test_auto_converges_on_the_digits_network_where_ten_diverges(digits) -> None
     solution = auto.solve(rhs)
     assert bool(solution.converged)
     assert "scale=" in solution.report()
-    assert "largest eigenvalue" in solution.report()
+    assert "largest absolute eigenvalue" in solution.report()
     ggn = GeneralizedGaussNewtonOperator(model, CLASSES, [(x, y)]).shift(1.0)
     residual = (rhs - ggn.apply(solution.value)).norm() / rhs.norm()
     assert residual <= 1.05e-4
@@ -359,3 +359,37 @@ def test_the_defaults_are_those_of_the_reference() -> None:
     assert (lissa.maxiter, lissa.dampen, lissa.scale, lissa.rtol) == (1000, 0.0, 10.0, 1e-4)
     assert (lissa.regularization, lissa.num_chains, lissa.h0) == (0.0, 1, None)
     assert "scale=10" in repr(lissa)
+
+
+def test_a_recursion_that_is_not_symmetric_may_grow_before_it_converges() -> None:
+    matrix = torch.tensor([[1.0, 100.0], [0.0, 1.0]], dtype=torch.float64)
+    operator = MatrixOperator(matrix)
+    rhs = torch.ones(2, dtype=torch.float64)
+    solution = LissaOperator.from_operator(operator, scale=2.0).solve(rhs)
+    assert bool(solution.converged)
+    assert float(true_residuals(matrix, rhs, solution.value).max()) <= 1.01e-4
+    failed = LissaOperator.from_operator(operator, scale=0.3).solve(rhs)
+    assert failed.status == (SolveStatus.DIVERGED,)
+    assert "scale=0.3 must exceed" in failed.detail
+
+
+def test_products_that_are_not_finite_are_said() -> None:
+    class Overflowing(Counting):
+        def _apply_rows(self, rows: Tensor) -> Tensor:
+            return super()._apply_rows(rows) / (0 if self.count > 3 else 1)
+
+    lissa = LissaOperator.from_operator(Overflowing(random_spd(4, 10.0)), scale=1.0)
+    solution = lissa.solve(normal(2, 4))
+    assert set(solution.status) == {SolveStatus.NON_FINITE}
+    assert solution.value.count_nonzero() == 0
+    assert bool(solution.residual_norms.isfinite().all())
+
+
+def test_the_advice_for_strong_negative_curvature_is_possible() -> None:
+    operator = MatrixOperator(torch.diag(torch.tensor([1.0, -100.0])).double())
+    detail = LissaOperator.from_operator(operator, scale=1.0).solve(normal(2)).detail
+    assert "Add more than 100 to regularization" in detail
+    assert "dampen" not in detail
+    assert bool(
+        LissaOperator.from_operator(operator, 100.5, scale="auto").solve(normal(2)).converged
+    )

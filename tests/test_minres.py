@@ -185,3 +185,30 @@ def test_the_defaults_are_those_of_conjugate_gradients() -> None:
     changed = operator.with_regularization(0.5)
     assert isinstance(changed, MinresOperator)
     assert (changed.regularization, operator.regularization) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eigenvalues"),
+    [
+        (torch.float32, [1.0, 1e-4]),
+        (torch.float64, [1.0, 1e-6, 1e-8, 1e-9]),
+        (torch.float64, [1.0, -1e-5, 1e-9, -1e-10]),
+    ],
+    ids=str,
+)
+def test_a_residual_along_small_eigenvalues_is_no_breakdown(
+    dtype: torch.dtype, eigenvalues: list[float]
+) -> None:
+    operator = DiagonalOperator(torch.tensor(eigenvalues, dtype=dtype))
+    inverse = MinresOperator(operator, maxiter=400)
+    solution = inverse.solve(torch.ones(len(eigenvalues), dtype=dtype))
+    # Such small systems are at the limit of the dtype.
+    assert solution.status[0] in (SolveStatus.CONVERGED, SolveStatus.STAGNATED)
+    assert float(solution.relative_residual_norms) <= 5 * inverse.rtol
+
+
+def test_random_systems_of_condition_1e8_do_not_break_down() -> None:
+    for seed in range(12):
+        matrix = random_spd(20, 1e8, seed=seed)
+        solution = MinresOperator(MatrixOperator(matrix), maxiter=2000).solve(normal(3, 20))
+        assert SolveStatus.BREAKDOWN not in solution.status

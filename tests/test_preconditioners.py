@@ -464,3 +464,26 @@ def test_the_tree_of_a_solver_names_its_preconditioner() -> None:
     assert "preconditioner=Jacobi(regularization=0.5)" in repr(
         CgOperator(operator, preconditioner=fitted)
     )
+
+
+def test_blocks_within_blocks_are_refitted_as_their_own_recipe_does() -> None:
+    operator = MatrixOperator(decaying(40))
+    sketch = NystroemPreconditioner(rank=20, oversampling=5, adaptive=True)
+    for recipe in (
+        BlockDiagonalPreconditioner(20, recipe=sketch),
+        BlockDiagonalPreconditioner(20, recipe=BlockDiagonalPreconditioner(20, recipe=sketch)),
+    ):
+        inverse = CgOperator(operator, 1.0, preconditioner=recipe)
+        inverse.solve(normal(40))
+        changed = inverse.with_regularization(1e-7).fitted_preconditioner()
+        anew = recipe.fit(operator, 1e-7)
+        rhs = normal(2, 40)
+        assert torch.allclose(changed.apply(rhs), anew.apply(rhs), rtol=1e-6)
+
+
+def test_sampled_and_exact_jacobi_agree_on_a_diagonal_of_either_sign() -> None:
+    diagonal = torch.tensor([-1.0, 2.0, -3.0, 4.0, 5.0]).double()
+    sampled = JacobiPreconditioner(3).fit(DiagonalOperator(diagonal))
+    exact = JacobiPreconditioner(5).fit(DiagonalOperator(diagonal))
+    assert torch.allclose(sampled.to_dense(), torch.diag(1 / diagonal.abs()))
+    assert torch.allclose(exact.to_dense(), sampled.to_dense())

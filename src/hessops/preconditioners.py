@@ -127,10 +127,10 @@ class JacobiPreconditioner(Preconditioner):
 
     .. math:: \mathrm{diag}(A) \approx \frac{\sum_j z_j \odot A z_j}{\sum_j z_j \odot z_j}
 
-    with Rademacher probes z (Bekas, Kokiopoulou & Saad 2007), all in one application of A. An entry
-    is replaced by its root mean square with its standard error, so that a lucky zero is not
-    inverted, and stays positive whatever the sign of the estimate. With as many probes as
-    parameters the diagonal is exact.
+    with Rademacher probes z (Bekas, Kokiopoulou & Saad 2007), all in one application of A. What is
+    inverted is :math:`\sqrt{m^2 + s^2}` with m an entry and s its standard error, so that a lucky
+    zero is not, and that it is positive whatever the sign of the estimate. With as many probes as
+    parameters the diagonal is computed exactly, from the whole matrix.
 
     Args:
         num_samples_estimator: Number of probes.
@@ -154,7 +154,7 @@ class JacobiPreconditioner(Preconditioner):
         checked_count(self.num_samples_estimator, "num_samples_estimator")
 
     def fit(self, operator: TensorOperator, regularization: float | None = None) -> TensorOperator:
-        """One application of A to all probes."""
+        """One application of A to all probes, or n products where there are as many probes."""
         base, shift = _separated(operator)
         size, count = base.input_size, self.num_samples_estimator
         if count >= size:
@@ -171,12 +171,11 @@ class JacobiPreconditioner(Preconditioner):
 
 
 def _safe_mean(samples: Tensor) -> Tensor:
-    """The mean of each column or its standard error, whichever counts, as one positive number."""
-    mean = samples.mean(dim=0).clamp(min=0)
+    """√(m² + s²) of each column, with m its mean and s the standard error of that."""
     if len(samples) == 1:
         return samples[0].abs()
     error = samples.std(dim=0) / len(samples) ** 0.5
-    return torch.hypot(mean, error)
+    return torch.hypot(samples.mean(dim=0), error)
 
 
 class _Jacobi(FittedPreconditioner):
@@ -396,24 +395,29 @@ class BlockDiagonalPreconditioner(Preconditioner):
         base, shift = _separated(operator)
         own = checked_regularization(regularization)
         positions = self._positions(operator)
+        blocks: list[TensorOperator] = []
         if self.recipe is None:
-            blocks: list[TensorOperator] = [
-                _SpectralInverse(matrix, shift + own) for matrix in _dense_blocks(base, positions)
-            ]
+            matrices = _dense_blocks(base, positions)
+            blocks += [_SpectralInverse(matrix, shift + own) for matrix in matrices]
         else:
-            blocks = [
-                self.recipe.fit(_DiagonalBlock(base, where), shift + own) for where in positions
-            ]
-        return _Blocks(operator, shift, own, BlockDiagonalOperator._at(blocks, positions, None))
+            parts = [_DiagonalBlock(base, where) for where in positions]
+            blocks += [self.recipe.fit(part, shift + own) for part in parts]
+        return BlockDiagonalOperator._at(blocks, positions, operator.space)
 
     def refit(
         self, fitted: TensorOperator, operator: TensorOperator, regularization: float | None
     ) -> TensorOperator:
-        """The same blocks for another λ, where each can be had for it."""
-        known = isinstance(fitted, _Blocks) and fitted.is_adaptable
-        if known and not (isinstance(self.recipe, NystroemPreconditioner) and self.recipe.adaptive):
-            return super().refit(fitted, operator, regularization)
-        return self.fit(operator, regularization)
+        """The same blocks for another λ, each as its recipe does that."""
+        if not isinstance(fitted, BlockDiagonalOperator):
+            return self.fit(operator, regularization)
+        base, shift = _separated(operator)
+        total = shift + checked_regularization(regularization)
+        recipe = self.recipe or _DenseBlocks()
+        blocks = [
+            recipe.refit(block, _DiagonalBlock(base, where), total)
+            for block, where in zip(fitted.blocks, fitted._positions, strict=True)
+        ]
+        return BlockDiagonalOperator._at(blocks, fitted._positions, operator.space)
 
     def _positions(self, operator: TensorOperator) -> list[Tensor]:
         size, device = operator.input_size, operator.device
@@ -500,55 +504,11 @@ class _DiagonalBlock(TensorOperator):
         return self.operator._product(whole)[:, self.positions]
 
 
-class _Blocks(FittedPreconditioner):
-    """Fitted blocks at their positions."""
+class _DenseBlocks(Preconditioner):
+    """What inverts each block without a recipe."""
 
-    def __init__(
-        self,
-        like: TensorOperator,
-        shift: float,
-        regularization: float,
-        blocks: BlockDiagonalOperator,
-    ) -> None:
-        super().__init__(like, shift, regularization)
-        self.inverses = blocks
-
-    @property
-    def is_adaptable(self) -> bool:
-        """Whether every block can be had for another λ."""
-        return all(isinstance(block, FittedPreconditioner) for block in self.inverses.blocks)
-
-    def with_regularization(self, regularization: float | None) -> Self:
-        """Every block for another λ.
-
-        Raises:
-            StructureError: A block can only be fitted anew.
-        """
-        changed = super().with_regularization(regularization)
-        adapted = [
-            block.with_regularization(changed.total_shift)
-            for block in self.inverses.blocks
-            if isinstance(block, FittedPreconditioner)
-        ]
-        if not self.is_adaptable:
-            raise StructureError("a block can only be fitted anew; use refit of the recipe")
-        changed.inverses = BlockDiagonalOperator._at(adapted, self.inverses._positions, None)
-        return changed
-
-    def _apply_rows(self, rows: Tensor) -> Tensor:
-        return self.inverses._product(rows)
-
-    def _move(self, device: torch.device) -> Self:
-        moved = self._copy_on(device)
-        moved.inverses = self.inverses._move(device)
-        return moved
-
-    def _children(self) -> Sequence[TensorOperator]:
-        return (self.inverses,)
-
-    def _label(self) -> str:
-        count = len(self.inverses.blocks)
-        return f"Blocks({count} blocks, regularization={self.regularization:g})"
+    def fit(self, operator: TensorOperator, regularization: float | None = None) -> TensorOperator:
+        return _SpectralInverse(operator.to_dense(), checked_regularization(regularization))
 
 
 # The spellings of pyDVL.

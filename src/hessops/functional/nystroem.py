@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -144,11 +145,14 @@ class NystroemSketch:
         self, shift_func: ShiftFunction | None = None
     ) -> LowRankProductRepresentation:
         """What `randomized_nystroem_approximation` returns, from the columns there are."""
-        basis, image = self.basis, self.image
+        basis = self.basis
+        # Scaled by a power of two, so that no norm leaves the range of the dtype.
+        scale = _power_of_two(self.image)
+        image = self.image / scale
         core = basis.T @ image
         _require_symmetric_core(core, image)
         core = (core + core.T) / 2
-        shift = _shift(image, shift_func)
+        shift = _shift(image, scale, shift_func)
         if not image.any():
             return LowRankProductRepresentation(image.new_zeros(self.num_columns), basis)
         smallest = torch.linalg.eigvalsh(core)[0].item()
@@ -156,16 +160,17 @@ class NystroemSketch:
         if smallest < -max(10 * noise, shift):
             warnings.warn(
                 f"the matrix is not positive semi-definite: its sketch has the negative Ritz value "
-                f"{smallest:.3e} (the largest product norm is {_largest_norm(image):.3e}); the "
+                f"{smallest * scale:.3e} (the largest product norm is "
+                f"{_largest_norm(image) * scale:.3e}); the "
                 "approximation is of its positive part on the sketch. Sketch a Gauss-Newton "
                 "matrix, or shift the operator, for one of the whole",
                 IndefiniteSketchWarning,
                 stacklevel=3,
             )
-            return _positive_part(self._product, image)
+            return _positive_part(self._product, image, scale)
         # A negative Ritz value within rounding must not stop the Cholesky factorisation.
         shift = max(shift, -2 * smallest, torch.finfo(basis.dtype).tiny)
-        return _stabilised(basis, image, core, shift)
+        return _stabilised(basis, image, core, shift, scale)
 
 
 def _columns_product(
@@ -213,11 +218,19 @@ def _require_symmetric_core(core: Tensor, image: Tensor) -> None:
         )
 
 
-def _shift(image: Tensor, shift_func: ShiftFunction | None) -> float:
+def _power_of_two(image: Tensor) -> float:
+    """The power of two below the largest entry; 1 for zero."""
+    largest = image.abs().max().item()
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 1.0
+
+
+def _shift(image: Tensor, scale: float, shift_func: ShiftFunction | None) -> float:
+    """ν in the scale of the image, AΩ divided by `scale`."""
     if shift_func is None:
         epsilon = torch.finfo(image.dtype).eps
         return float(len(image) ** 0.5 * epsilon * image.norm().item())
-    return checked_number(shift_func(image), "the value of shift_func", minimum=0)
+    value = checked_number(shift_func(image * scale), "the value of shift_func", minimum=0)
+    return value / scale
 
 
 def _largest_norm(columns: Tensor) -> float:
@@ -225,7 +238,7 @@ def _largest_norm(columns: Tensor) -> float:
 
 
 def _stabilised(
-    basis: Tensor, image: Tensor, core: Tensor, shift: float
+    basis: Tensor, image: Tensor, core: Tensor, shift: float, scale: float
 ) -> LowRankProductRepresentation:
     shifted = image + shift * basis
     identity = torch.eye(len(core), dtype=core.dtype, device=core.device)
@@ -233,17 +246,17 @@ def _stabilised(
     scaled = torch.linalg.solve_triangular(factor, shifted, upper=True, left=False)
     vectors, singular_values, _ = torch.linalg.svd(scaled, full_matrices=False)
     values = (singular_values.square() - shift).clamp(min=0)
-    return LowRankProductRepresentation(values, vectors)
+    return LowRankProductRepresentation(values * scale, vectors)
 
 
 def _positive_part(
-    product: Callable[[Tensor], Tensor], image: Tensor
+    product: Callable[[Tensor], Tensor], image: Tensor, scale: float
 ) -> LowRankProductRepresentation:
     basis, _ = torch.linalg.qr(image)
-    core = basis.T @ product(basis)
+    core = basis.T @ (product(basis) / scale)
     values, rotation = torch.linalg.eigh((core + core.T) / 2)
     return LowRankProductRepresentation(
-        values.clamp(min=0).flip(0), (basis @ rotation).flip(1).contiguous(), clipped=True
+        values.clamp(min=0).flip(0) * scale, (basis @ rotation).flip(1).contiguous(), clipped=True
     )
 
 

@@ -148,6 +148,8 @@ class DirectSolveOperator(DirectInverse):
         if matrix.dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"matrix must be float32 or float64, got {matrix.dtype}")
         shift = checked_regularization(regularization)
+        # The diagonal of A, where it was written to.
+        self._original_diagonal: Tensor | None = None
         if in_place_regularization:
             operator = self._factorize_in_place(matrix.detach(), shift, space)
         else:
@@ -165,7 +167,15 @@ class DirectSolveOperator(DirectInverse):
         except BaseException:
             matrix.diagonal().copy_(diagonal)
             raise
+        self._original_diagonal = diagonal
         return MatrixOperator(matrix, space=space, copy=False).shift(-shift)
+
+    def _original(self) -> Tensor:
+        """A; taking a λ that was written into the diagonal off again would leave its rounding."""
+        matrix = self.operator.to_dense()
+        if self._original_diagonal is not None:
+            matrix.diagonal().copy_(self._original_diagonal)
+        return matrix
 
     def _inverse_rows(self, rows: Tensor) -> Tensor:
         return self._factors.solve(rows)
@@ -175,8 +185,7 @@ class DirectSolveOperator(DirectInverse):
 
     def with_regularization(self, regularization: float | None) -> DirectSolveOperator:
         """A new factorisation with λ replaced."""
-        matrix = self.operator.to_dense()
-        changed = DirectSolveOperator(matrix, regularization, space=self.space)
+        changed = DirectSolveOperator(self._original(), regularization, space=self.space)
         changed.source = self.source
         return changed
 
@@ -191,6 +200,8 @@ class DirectSolveOperator(DirectInverse):
         moved = super()._move(device)
         moved.source = None if self.source is None else self.source.to(device)
         moved._factors = self._factors.to(device)
+        if self._original_diagonal is not None:
+            moved._original_diagonal = self._original_diagonal.to(device)
         return moved
 
 

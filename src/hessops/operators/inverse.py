@@ -16,6 +16,7 @@ from torch import Tensor
 from hessops.errors import (
     ArgumentTypeError,
     ConvergenceWarning,
+    DeviceError,
     DivergenceError,
     IndefiniteOperatorError,
     MissingInverseError,
@@ -27,6 +28,7 @@ from hessops.errors import (
 )
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
+from hessops.operators.outcomes import Outcomes, Problem
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.validation import checked_regularization, checked_rows
 
@@ -121,7 +123,8 @@ class InverseOperator(TensorOperator):
         Args:
             rhs: b, or a stack of them.
             x0: A first guess of the shape of `rhs`, such as the solution of a similar system.
-                Tolerances stay relative to ‖b‖. Direct methods do not need it.
+                Tolerances stay relative to ‖b‖. One whose residual is larger than ‖b‖ is replaced
+                by zero (not by LiSSA, which does not measure it). Direct methods do not need it.
             history: Keeps the residual norms of every step; see `Solution.residual_history`.
 
         Returns:
@@ -129,7 +132,9 @@ class InverseOperator(TensorOperator):
 
         Raises:
             ShapeError, DtypeError, NonFiniteError: `rhs` or `x0` does not fit.
+            DeviceError: The operator is on the meta device, where there are no values.
         """
+        self._require_values()
         rows = checked_rows(rhs, self.input_size, self.dtype, self.device, "rhs")
         start = None
         if x0 is not None:
@@ -147,9 +152,17 @@ class InverseOperator(TensorOperator):
         return solution if rhs.ndim == 2 else replace(solution, value=solution.value[0])
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
+        self._require_values()
         solution = self._solve_rows(rows)
         self._enforce(solution)
         return solution.value
+
+    def _require_values(self) -> None:
+        if self.device.type == "meta":
+            raise DeviceError(
+                f"{type(self).__name__} is on the meta device, where there are no values to solve "
+                "with; move it with .to(device)"
+            )
 
     def _enforce(self, solution: Solution) -> None:
         """Raises or warns by the worst outcome."""
@@ -226,31 +239,22 @@ class DirectInverse(InverseOperator):
     def _solve_rows(
         self, rhs: Tensor, start: Tensor | None = None, *, history: bool = False
     ) -> Solution:
-        return self._measured(rhs, self._inverse_rows(rhs))
+        problem = Problem.scaled(rhs, None, rtol=default_rtol(rhs.dtype))
+        value = self._inverse_rows(problem.rhs)
+        problem = replace(problem, rhs=self._reachable(problem.rhs))
+        outcomes = Outcomes(problem)
+        product = self.system._product
+        finite = value.isfinite().all(dim=1)
+        value = torch.where(finite.unsqueeze(1), value, 0.0)
+        norms = (problem.rhs - product(value)).norm(dim=1)
+        outcomes.decide(~finite | ~norms.isfinite(), SolveStatus.NON_FINITE)
+        outcomes.measured(value, norms, outcomes.undecided)
+        outcomes.decide(outcomes.undecided, SolveStatus.STAGNATED)
+        return outcomes.solution(1, product)
 
-    def _measured(self, rhs: Tensor, value: Tensor) -> Solution:
-        """The solution with its true residuals."""
-        residuals = (rhs - self.system._product(value)).norm(dim=1)
-        norms = rhs.norm(dim=1)
-        tolerances = default_rtol(rhs.dtype) * norms
-        finite = value.isfinite().all(dim=1) & residuals.isfinite()
-        met = (residuals <= tolerances).tolist()
-        status = tuple(
-            SolveStatus.NON_FINITE
-            if not is_finite
-            else (SolveStatus.CONVERGED if is_met else SolveStatus.STAGNATED)
-            for is_finite, is_met in zip(finite.tolist(), met, strict=True)
-        )
-        return Solution(
-            value=torch.where(finite.unsqueeze(1), value, 0.0),
-            status=status,
-            iterations=torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device),
-            residual_norms=torch.where(finite, residuals, norms),
-            rhs_norms=norms,
-            tolerances=tolerances,
-            num_applications=1,
-            smallest_curvatures=torch.full_like(norms, torch.inf),
-        )
+    def _reachable(self, rhs: Tensor) -> Tensor:
+        """The part of right-hand sides that the residual is measured against: all of it."""
+        return rhs
 
 
 class ClosedFormInverse(DirectInverse):

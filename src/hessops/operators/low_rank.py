@@ -12,7 +12,6 @@ from hessops.errors import ArgumentError, ArgumentTypeError, SingularOperatorErr
 from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.operators.base import TensorOperator
 from hessops.operators.inverse import DirectInverse
-from hessops.operators.solution import Solution
 from hessops.space import ParameterSpace
 from hessops.validation import checked_number
 
@@ -166,11 +165,8 @@ class LowRankOperator(DirectInverse):
             result = result + self._outside(rows, inside) / self.regularization
         return result
 
-    def _solve_rows(
-        self, rhs: Tensor, start: Tensor | None = None, *, history: bool = False
-    ) -> Solution:
-        target = rhs if self.exact else self._coordinates(rhs) @ self._basis.T
-        return self._measured(target, self._inverse_rows(rhs))
+    def _reachable(self, rhs: Tensor) -> Tensor:
+        return rhs if self.exact else self._coordinates(rhs) @ self._basis.T
 
     @property
     def _basis(self) -> Tensor:

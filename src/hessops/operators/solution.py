@@ -80,16 +80,17 @@ class Solution:
             just run out. Always finite.
         status: One `SolveStatus` per right-hand side (one for a 1-D right-hand side).
         iterations: Steps taken, ``(k,)`` int64; zero for direct methods.
-        residual_norms: True residual norms ‖b − Ax‖ of `value`, ``(k,)``.
-        rhs_norms: ‖b‖, ``(k,)``.
-        tolerances: The bound that `residual_norms` had to meet, ``(k,)``.
-        num_applications: Applications of the operator, each to all right-hand sides at once. For
-            a method that steps through batches it counts the batches.
+        residual_norms: True residual norms ‖b − Ax‖ of `value`, ``(k,)`` float64.
+        rhs_norms: ‖b‖, ``(k,)`` float64.
+        tolerances: The bound that `residual_norms` had to meet, ``(k,)`` float64.
+        num_applications: Applications of the operator, each to all right-hand sides at once. Where
+            a step is one batch, as in LiSSA, a product with a batch counts as one, too.
         smallest_curvatures: Smallest pᵀAp/‖p‖² met, ``(k,)``; infinite where there was none.
         num_preconditioner_applications: Applications of the preconditioner, each to all at once.
         residual_history: With ``solve(..., history=True)``, for every right-hand side the residual
             norms by which the method went on, from that of the start to that after the last step,
             ``(iterations + 1,)`` each. They are those of a recurrence; `residual_norms` are true.
+            ``None`` for methods that take no steps; of several chains of LiSSA, the first.
         detail: What the solver found out beyond the status, such as the scale it chose.
 
     Example:

@@ -8,18 +8,19 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from hessops.operators.solution import Solution, SolveStatus
-from hessops.solvers.outcomes import (
+from hessops.operators.outcomes import (
     CANDIDATE_FACTOR,
     CHECK_INTERVAL,
     CURVATURE_NOISE,
     DRIFT_FACTOR,
     Outcomes,
     Problem,
+    RowsMap,
     Run,
     following_check,
     safe_norms,
 )
+from hessops.operators.solution import Solution, SolveStatus
 
 # What is cut off when the rank of a block is reduced stays below this share of the tolerances.
 TRUNCATION_FACTOR = 0.1
@@ -129,6 +130,8 @@ class BlockRun(Run):
         if self.phase is _Phase.MEASURE:
             rows = self._undecided()
             residual = self.problem.rhs[rows] - products
+            if bool(self.awaited.any()):
+                residual = self._without_useless_starts(rows, residual)
             self._restart(rows, residual, self._measured(rows, self.iterate[rows], residual))
         elif self.phase is _Phase.STEP:
             rank = self.block.directions.shape[1]
@@ -136,6 +139,12 @@ class BlockRun(Run):
             self._step(products[:rank].T)
         else:
             self._verify_alone(products)
+
+    def _without_useless_starts(self, rows: Tensor, residual: Tensor) -> Tensor:
+        """The residuals, where a start that is worse than zero is replaced by zero."""
+        useless = ~(residual.norm(dim=1) <= self.outcomes.rhs_norms[rows])
+        self.iterate[rows[useless]] = 0
+        return torch.where(useless.unsqueeze(1), self.problem.rhs[rows], residual)
 
     # --- one step ------------------------------------------------------------------------
 
@@ -350,9 +359,9 @@ class BlockRun(Run):
         relative = self.estimates / torch.where(norms > 0, norms, 1.0)
         return torch.where(self.outcomes.undecided, relative, 0.0).max().item()
 
-    def solution(self) -> Solution:
+    def solution(self, product: RowsMap) -> Solution:
         """The outcome of every right-hand side."""
-        return self.outcomes.solution(self.num_applications)
+        return self.outcomes.solution(self.num_applications, product)
 
 
 def _reduced(columns: Tensor, truncation: float) -> tuple[Tensor, Tensor]:

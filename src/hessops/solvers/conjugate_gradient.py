@@ -7,11 +7,11 @@ from torch import Tensor
 
 from hessops.errors import StructureError
 from hessops.operators.base import TensorOperator
+from hessops.operators.outcomes import CURVATURE_NOISE, Problem, Run
 from hessops.operators.solution import SolveStatus
 from hessops.preconditioners import Preconditioner
 from hessops.solvers.block_conjugate_gradient import BlockRun
 from hessops.solvers.krylov import KrylovOperator
-from hessops.solvers.outcomes import CURVATURE_NOISE, Problem, Run
 from hessops.solvers.rows import RowRun
 
 
@@ -133,11 +133,10 @@ class _CgRun(RowRun):
         super().__init__(problem)
 
     def _step(self, products: Tensor, *, stepping: Tensor, restarted: Tensor) -> None:
-        curvature = (self.direction * products).sum(dim=1)
-        length = self.note_curvature(products, curvature, stepping)
-        noise = torch.finfo(products.dtype).eps * self.operator_norms * length
+        curvature = self.note_curvature(products, stepping)
+        noise = torch.finfo(products.dtype).eps * self.operator_norms
         indefinite = stepping & (curvature < -CURVATURE_NOISE * noise)
-        step = self.products_of_residual / curvature
+        step = self.products_of_residual / (self.direction * products).sum(dim=1)
         flat = stepping & ~indefinite & ((curvature <= noise) | ~step.isfinite())
         moving = stepping & ~indefinite & ~flat
         rows = moving.unsqueeze(1)

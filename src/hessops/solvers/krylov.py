@@ -13,9 +13,9 @@ from hessops.errors import ArgumentTypeError, DtypeError, StructureError
 from hessops.operators.algebra import require_compatible
 from hessops.operators.base import TensorOperator
 from hessops.operators.inverse import DirectInverse, InverseOperator, default_rtol
+from hessops.operators.outcomes import CountedMap, Problem, Run
 from hessops.operators.solution import Solution
 from hessops.preconditioners import Preconditioner
-from hessops.solvers.outcomes import CountedMap, Problem, Run
 from hessops.validation import checked_count, checked_number, checked_regularization
 
 
@@ -124,7 +124,7 @@ class KrylovOperator(InverseOperator):
                 if self.progress:
                     bar.set_postfix(worst_residual=f"{run.worst_residual():.1e}")
                     bar.update(int(run.iterations.max()) - bar.n)
-        return run.solution()
+        return run.solution(system._product)
 
     def with_regularization(self, regularization: float | None) -> Self:
         """The same solver with its own λ replaced; a shift of the operator stays.

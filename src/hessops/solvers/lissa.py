@@ -27,9 +27,9 @@ from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import BatchOperator
 from hessops.operators.inverse import InverseOperator
+from hessops.operators.outcomes import CODE, CountedMap, Outcomes, Problem
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.randomness import resolved_generator
-from hessops.solvers.outcomes import CODE, CountedMap, Outcomes, Problem
 from hessops.streaming import BatchStream, Unpack
 from hessops.validation import checked_count, checked_number, checked_rows
 
@@ -38,8 +38,10 @@ Scale = float | Literal["auto"]
 # The updates of a recursion that converges shrink; noise of sampled batches may enlarge them.
 GROWTH_LIMIT = 10
 # With eigenvalues of every (A_b + λI)/s + dI between 0 and 2, no step lengthens h by more than ‖b‖.
-# An iterate longer than twice what that allows has certainly met another one.
+# An iterate longer than twice what that allows has certainly met another one, if A_b is symmetric;
+# otherwise a recursion may grow for a while and converge after all.
 DIVERGENCE_FACTOR = 2
+DIVERGENCE_FACTOR_OF_OTHERS = 1e8
 # Updates of a whole pass below half the tolerance are worth a look at the true residual; where that
 # does not meet it, a tenth of it is.
 QUIET_FACTOR, QUIETER_FACTOR = 0.5, 0.1
@@ -47,6 +49,8 @@ QUIET_FACTOR, QUIETER_FACTOR = 0.5, 0.1
 # steps differ, above twice that, so that no step overshoots and adds to the noise.
 SCALE_MARGIN = 1.1
 SCALE_MARGIN_OF_BATCHES = 2.2
+# A smallest Ritz value below minus this share of the largest is negative curvature.
+CURVATURE_SHARE = 1e-6
 # Products by which the extreme eigenvalues of a batch, and of the whole data, are estimated.
 LANCZOS_STEPS_OF_BATCH, LANCZOS_STEPS_OF_DATA = 10, 20
 
@@ -317,7 +321,7 @@ class LissaOperator(InverseOperator):
 
     def _safe_scale(self) -> float:
         smallest, largest = (value + self.regularization for value in self._spectrum())
-        size = max(largest, abs(smallest), torch.finfo(self.dtype).tiny)
+        size = max(abs(largest), abs(smallest), torch.finfo(self.dtype).tiny)
         margin = SCALE_MARGIN if self._steps.period == 1 else SCALE_MARGIN_OF_BATCHES
         return margin * size / (2 - self.dampen)
 
@@ -356,8 +360,10 @@ class LissaOperator(InverseOperator):
         outcomes = Outcomes(problem)
         source = resolved_generator(self.generator)
         first = self._first_iterate(problem, scale)
+        not_symmetric = self.operator.symmetric is False
+        patience = DIVERGENCE_FACTOR_OF_OTHERS if not_symmetric else DIVERGENCE_FACTOR
         chains = [
-            _Chain(problem, first, self.dampen, scale, outcomes if number == 0 else None)
+            _Chain(problem, first, self.dampen, scale, patience, outcomes if number == 0 else None)
             for number in range(self.num_chains)
         ]
         with tqdm(
@@ -385,7 +391,7 @@ class LissaOperator(InverseOperator):
         """Steps until every row of a chain is verified, has diverged or the steps are used up."""
         while not chain.is_finished():
             product = next(products)
-            chain.step(partial(_shifted, product, self.regularization))
+            chain.step(partial(_regularized, product, self.regularization))
             quiet = chain.quiet_rows(self._steps.period)
             if bool(quiet.any()):
                 chain.verify(quiet, self.system._product)
@@ -398,10 +404,13 @@ class LissaOperator(InverseOperator):
     ) -> Solution:
         diverged = torch.stack([chain.diverged for chain in chains]).any(dim=0)
         mean = torch.stack([chain.current for chain in chains]).mean(dim=0) / scale
-        value = torch.where(diverged.unsqueeze(1), 0.0, mean)
+        non_finite = torch.stack([chain.non_finite for chain in chains]).any(dim=0)
+        value = torch.where((diverged | non_finite).unsqueeze(1), 0.0, mean)
         residual = problem.rhs - self.system._product(value)
         norms = residual.norm(dim=1)
         every = torch.ones_like(diverged)
+        norms = torch.where(non_finite, outcomes.rhs_norms, norms)
+        outcomes.decide(non_finite, SolveStatus.NON_FINITE)
         outcomes.decide(diverged, SolveStatus.DIVERGED)
         outcomes.iterations = torch.stack([chain.iterations for chain in chains]).amax(dim=0)
         outcomes.keep(norms, every)
@@ -410,15 +419,15 @@ class LissaOperator(InverseOperator):
         applications = sum(chain.num_products for chain in chains) + 1
         converged = bool((outcomes.status == CODE[SolveStatus.CONVERGED]).all())
         detail = self._detail(scale, diverged=bool(diverged.any()), converged=converged)
-        return outcomes.solution(applications, detail)
+        return outcomes.solution(applications, self.system._product, detail)
 
     def _choice(self, scale: float) -> str:
         if self.scale != "auto":
             return ""
-        largest = self._spectrum()[1] + self.regularization
+        largest = max(abs(value + self.regularization) for value in self._spectrum())
         return (
-            f"scale={scale:.4g}, chosen for a largest eigenvalue {self._steps.whose} of about "
-            f"{largest:.3g}, regularization included."
+            f"scale={scale:.4g}, chosen for a largest absolute eigenvalue {self._steps.whose} of "
+            f"about {largest:.3g}, regularization included."
         )
 
     def _noise(self) -> str:
@@ -432,26 +441,41 @@ class LissaOperator(InverseOperator):
     def _detail(self, scale: float, *, diverged: bool, converged: bool) -> str:
         if not diverged:
             return " ".join(filter(None, [self._choice(scale), "" if converged else self._noise()]))
-        smallest, largest = (value + self.regularization for value in self._spectrum())
-        whose = self._steps.whose
+        if self.operator.symmetric is False:
+            return (
+                f"scale={scale:g} must exceed half of |a|²/Re(a) for every eigenvalue a of the "
+                "operator with its regularization, and all Re(a) must be positive."
+            )
+        try:
+            smallest, largest = (value + self.regularization for value in self._spectrum())
+        except NonFiniteProductError:
+            return "Its eigenvalues cannot be estimated: a product was NaN or infinite."
+        return self._explained(scale, smallest, largest)
+
+    def _explained(self, scale: float, smallest: float, largest: float) -> str:
+        """Which argument made it diverge, and what value of it would not."""
+        whose, reasons = self._steps.whose, []
         least = largest / (2 - self.dampen)
         if scale < SCALE_MARGIN * least:
-            return (
+            reasons.append(
                 f"scale={scale:g} is too small: the largest eigenvalue {whose} is about "
                 f"{largest:.3g}, regularization included, so that scale must exceed {least:.3g}; "
                 f"scale={self._safe_scale():.4g} is stable, and scale='auto' chooses it."
             )
-        if smallest + self.dampen * scale < 0:
-            return (
+        # A Ritz value of zero may be a little negative.
+        if smallest + self.dampen * scale < -CURVATURE_SHARE * abs(largest):
+            reasons.append(
                 f"There is negative curvature: the smallest eigenvalue {whose} is about "
                 f"{smallest:.3g}, regularization included. Add more than {-smallest:.3g} to "
-                f"regularization (now {self.regularization:g}), or make dampen exceed "
-                f"{-smallest / scale:.3g}."
+                f"regularization (now {self.regularization:g})"
+                + (f", or make dampen exceed {-smallest / scale:.3g}" if -smallest < scale else "")
+                + "."
             )
-        return (
+        return " ".join(reasons) or (
             f"The eigenvalues {whose} were estimated to lie between {smallest:.3g} and "
-            f"{largest:.3g}, regularization included, for which scale={scale:g} should do: batches "
-            "differ more than the estimate saw, so raise scale or the batch size."
+            f"{largest:.3g}, regularization included, for which scale={scale:g} should do: "
+            "start nearer, or, where batches differ more than the estimate saw, raise scale or "
+            "their size."
         )
 
     # --- elsewhere -----------------------------------------------------------------------
@@ -485,6 +509,7 @@ class _Chain:
         current: h, ``(k, n)``.
         dampen: d.
         scale: s.
+        patience: How much longer than a stable symmetric recursion allows an iterate may be.
         record: Where the norms of the updates are kept, if anywhere.
     """
 
@@ -492,6 +517,7 @@ class _Chain:
     current: Tensor
     dampen: float
     scale: float
+    patience: float
     record: Outcomes | None
 
     def __post_init__(self) -> None:
@@ -502,6 +528,7 @@ class _Chain:
         self.current = torch.where(solved.unsqueeze(1), 0.0, self.current)
         self.active = ~solved
         self.diverged = torch.zeros_like(solved)
+        self.non_finite = torch.zeros_like(solved)
         self.iterations = torch.zeros_like(solved, dtype=torch.int64)
         # Steps in succession with an update below what is looked for.
         self.quiet = torch.zeros_like(self.iterations)
@@ -529,9 +556,11 @@ class _Chain:
         self.current = torch.where(rows, self.current + update, self.current)
         self.iterations = self.iterations + self.active
         bound = self.first_norms + self.iterations * self.rhs_norms
-        grown = self.active & ~(self.current.norm(dim=1) <= DIVERGENCE_FACTOR * bound)
-        self.diverged = self.diverged | grown
-        self.active = self.active & ~grown
+        # From an iterate within its bound, only a product can lead to what is not finite.
+        self.non_finite = self.non_finite | (self.active & ~update.isfinite().all(dim=1))
+        grown = self.active & ~(self.current.norm(dim=1) <= self.patience * bound)
+        self.diverged = self.diverged | (grown & ~self.non_finite)
+        self.active = self.active & ~(self.diverged | self.non_finite)
         is_quiet = self.update_norms <= self.looked_for
         self.quiet = torch.where(self.active & is_quiet, self.quiet + 1, 0)
 
@@ -660,7 +689,7 @@ def _extremes(
     return pairs.values[0].item(), (pairs.values[-1] + pairs.residual_norms[-1]).item()
 
 
-def _shifted(product: RowsProduct, shift: float, rows: Tensor) -> Tensor:
+def _regularized(product: RowsProduct, shift: float, rows: Tensor) -> Tensor:
     return product(rows) + shift * rows if shift else product(rows)
 
 

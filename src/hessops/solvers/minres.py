@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 from hessops.functional.precision import scaled_rows
+from hessops.operators.outcomes import Problem, Run
 from hessops.operators.solution import SolveStatus
 from hessops.solvers.krylov import KrylovOperator
-from hessops.solvers.outcomes import Problem, Run
 from hessops.solvers.rows import RowRun
 
-# A least-squares solution is reached where ‖Ar‖ falls below this multiple of √eps‖A‖‖r‖; rounding
-# seldom lets it fall much further.
-LEAST_SQUARES_FACTOR = 1
-# A projected matrix whose smallest pivot is below this multiple of eps‖A‖ is singular.
+# Where ‖Ar‖ falls below this multiple of eps‖A‖‖r‖, a least-squares solution is reached; where the
+# smallest pivot of the projected matrix does, it is singular.
 SINGULAR_FACTOR = 100
+# Rounding seldom lets ‖Ar‖ fall so far. Below √eps‖A‖‖r‖ the iterate may be a least-squares
+# solution; it is one if the residual does not fall by this factor in so many steps.
+PLATEAU_FACTOR, PLATEAU_STEPS = 0.99, 50
+# Unless the residual is below this multiple of eps‖A‖‖x‖, where the dtype ends.
+PRECISION_FACTOR = 10
 
 
 class MinresOperator(KrylovOperator):
@@ -86,6 +89,10 @@ class _MinresRun(RowRun):
         self.delta_bar = self.epsilon = self.phi_bar = zero
         self.cosine, self.sine = -torch.ones_like(zero), zero
         self.norm_in_space = zero
+        # The residual at the beginning of a plateau, its steps, and whether ‖Ar‖ has been small.
+        self.plateau, self.plateau_steps = zero + torch.inf, zero
+        self.has_dipped = torch.zeros_like(zero, dtype=torch.bool)
+        self.size_at_dip = zero
         super().__init__(problem)
 
     def _step(self, products: Tensor, *, stepping: Tensor, restarted: Tensor) -> None:
@@ -93,7 +100,7 @@ class _MinresRun(RowRun):
         if not bool(rows.any()):
             return
         alpha, following = self._lanczos_step(products)
-        self.note_curvature(products, (self.direction * products).sum(dim=1), stepping)
+        self.note_curvature(products, stepping)
         following = torch.where(restarted.unsqueeze(1), self.residual, following)
         following = torch.where(rows.unsqueeze(1), following, 0.0)
         applied = self.problem.precondition(following)
@@ -123,9 +130,9 @@ class _MinresRun(RowRun):
         gamma = torch.hypot(gamma_bar, beta)
         # ‖Ar‖ / ‖r‖ before the step, as the rotation tells it (Choi 2006).
         slope = torch.hypot(gamma_bar, delta_bar)
-        stuck = (slope <= LEAST_SQUARES_FACTOR * eps**0.5 * norm) & rows
-        stuck = stuck | (rows & (gamma <= SINGULAR_FACTOR * eps * norm))
-        moving = rows & ~stuck
+        stuck = rows & (gamma.minimum(slope) <= SINGULAR_FACTOR * eps * norm)
+        ended = self._on_plateau(slope <= eps**0.5 * norm, rows & ~stuck)
+        moving = rows & ~stuck & ~ended
         gamma = torch.where(moving, gamma, 1.0)
         self._update_directions(products, delta, gamma, moving)
         phi = torch.where(moving, gamma_bar / gamma * self.phi_bar, 0.0).unsqueeze(1)
@@ -141,7 +148,25 @@ class _MinresRun(RowRun):
         # The next Lanczos vector is rounding: the space is exhausted.
         self.must_restart = self.must_restart | (moving & (beta <= eps * norm))
         self.moved(moving)
-        self.end(stuck, SolveStatus.BREAKDOWN)
+        # As small as the rounding of the products with an iterate of this size.
+        noise = PRECISION_FACTOR * eps * self.operator_norms * self.size_at_dip
+        self.end(ended & (self.estimates <= noise), SolveStatus.STAGNATED)
+        self.end(stuck | (ended & (self.estimates > noise)), SolveStatus.BREAKDOWN)
+
+    def _on_plateau(self, dips: Tensor, rows: Tensor) -> Tensor:
+        """Rows whose residual no longer falls, after ‖Ar‖ has been small.
+
+        The iterate at the first dip is measured: later ones may grow along the null space.
+        """
+        falls = self.estimates < PLATEAU_FACTOR * self.plateau
+        self.plateau = torch.where(rows & falls, self.estimates, self.plateau)
+        self.plateau_steps = torch.where(rows & ~falls, self.plateau_steps + 1, 0)
+        first = rows & dips & ~self.has_dipped
+        self.has_dipped = (self.has_dipped & ~(rows & falls)) | (rows & dips)
+        self.next_check = torch.where(first, torch.inf, self.next_check)
+        self.size_at_dip = torch.where(first, self.iterate.norm(dim=1), self.size_at_dip)
+        ended: Tensor = rows & self.has_dipped & (self.plateau_steps >= PLATEAU_STEPS)
+        return ended
 
     def _update_directions(
         self, products: Tensor, delta: Tensor, gamma: Tensor, rows: Tensor

@@ -8,16 +8,17 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from hessops.operators.solution import Solution, SolveStatus
-from hessops.solvers.outcomes import (
+from hessops.functional.precision import scaled_rows
+from hessops.operators.outcomes import (
     CHECK_INTERVAL,
     DRIFT_FACTOR,
     Outcomes,
     Problem,
+    RowsMap,
     Run,
     following_check,
-    safe_norms,
 )
+from hessops.operators.solution import Solution, SolveStatus
 
 
 class Phase(IntEnum):
@@ -53,6 +54,8 @@ class RowRun(Run):
         active = self.outcomes.undecided
         # Rows whose recurrence cannot go on, so that it must start anew from the true residual.
         self.must_restart = torch.zeros_like(active)
+        # Rows that go back to the best iterate before they restart.
+        self.returning = torch.zeros_like(active)
         self.phase = torch.where(active, int(Phase.STEP), int(Phase.DONE))
         none = warm = torch.zeros_like(active)
         if problem.start is not None:
@@ -104,18 +107,23 @@ class RowRun(Run):
         self.outcomes.decide(rows, status)
         self.phase = torch.where(rows, int(Phase.VERIFY), self.phase)
 
-    def note_curvature(self, products: Tensor, curvature: Tensor, rows: Tensor) -> Tensor:
-        """Notes norm and curvature of the operator along the directions; returns ‖p‖²."""
-        length: Tensor = self.direction.square().sum(dim=1)
-        growth = safe_norms(products) / length.sqrt()
+    def note_curvature(self, products: Tensor, rows: Tensor) -> Tensor:
+        """Notes norm and curvature of the operator along the directions p; returns pᵀAp/‖p‖².
+
+        Scaled, so that no square leaves the range of the dtype.
+        """
+        unit, length = scaled_rows(self.direction)
+        image, height = scaled_rows(products)
+        squared = unit.square().sum(dim=1)
+        ratio = (height / length).squeeze(1)
+        growth = image.norm(dim=1) / squared.sqrt() * ratio
+        curvature: Tensor = (unit * image).sum(dim=1) / squared * ratio
         self.operator_norms = torch.where(
             rows, self.operator_norms.maximum(growth), self.operator_norms
         )
         smallest = self.outcomes.smallest_curvatures
-        self.outcomes.smallest_curvatures = torch.where(
-            rows, smallest.minimum(curvature / length), smallest
-        )
-        return length
+        self.outcomes.smallest_curvatures = torch.where(rows, smallest.minimum(curvature), smallest)
+        return curvature
 
     def moved(self, rows: Tensor) -> None:
         """Counts a step of some rows and sends to verification what is due."""
@@ -130,6 +138,11 @@ class RowRun(Run):
         outcomes = self.outcomes
         residual = self.problem.rhs - products
         norms = residual.norm(dim=1)
+        # A start that is worse than zero is no use.
+        dropped = self.awaited & ~(norms <= outcomes.rhs_norms)
+        self.iterate = torch.where(dropped.unsqueeze(1), 0.0, self.iterate)
+        residual = torch.where(dropped.unsqueeze(1), self.problem.rhs, residual)
+        norms = torch.where(dropped, outcomes.rhs_norms, norms)
         finite = norms.isfinite()
         before = outcomes.measured(self.iterate, norms, verifying)
         going_on = verifying & outcomes.undecided
@@ -137,19 +150,24 @@ class RowRun(Run):
         drifted = ~(norms <= DRIFT_FACTOR * self.estimates) | self.must_restart
         outcomes.decide(going_on & ~finite, SolveStatus.NON_FINITE)
         spent = self.iterations >= self.problem.maxiter
-        outcomes.judge_restart(going_on & drifted, norms, before, SolveStatus.STAGNATED)
+        judged = going_on & drifted & ~self.returning
+        outcomes.judge_restart(judged, norms, before, SolveStatus.STAGNATED)
         outcomes.decide(going_on & spent, SolveStatus.MAX_ITERATIONS)
         going_on = going_on & outcomes.undecided
-        restarted: Tensor = going_on & drifted
+        # Where an earlier iterate was better, it is measured again, to restart from there.
+        self.returning = judged & going_on & (norms > before)
+        self.iterate = torch.where(self.returning.unsqueeze(1), outcomes.best, self.iterate)
+        restarted: Tensor = going_on & drifted & ~self.returning
         self.residual = torch.where(restarted.unsqueeze(1), residual, self.residual)
         self.estimates = torch.where(restarted, norms, self.estimates)
         outcomes.keep(norms, self.awaited)
         self.awaited = torch.zeros_like(self.awaited)
-        self.must_restart = self.must_restart & ~verifying
+        self.must_restart = (self.must_restart & ~verifying) | self.returning
         checks = following_check(self.estimates, self.problem.tolerances)
         self.next_check = torch.where(going_on, checks, self.next_check)
         self.phase = torch.where(verifying, int(Phase.DONE), self.phase)
         self.phase = torch.where(going_on, int(Phase.STEP), self.phase)
+        self.phase = torch.where(self.returning, int(Phase.VERIFY), self.phase)
         return restarted
 
     def worst_residual(self) -> float:
@@ -159,6 +177,6 @@ class RowRun(Run):
         relative = self.estimates / torch.where(norms > 0, norms, 1.0)
         return float(torch.where(active, relative, 0.0).max().item())
 
-    def solution(self) -> Solution:
+    def solution(self, product: RowsMap) -> Solution:
         """The outcome of every row."""
-        return self.outcomes.solution(self.num_applications)
+        return self.outcomes.solution(self.num_applications, product)

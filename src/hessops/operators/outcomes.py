@@ -1,4 +1,4 @@
-"""What iterative solvers share: the scaled problem, and the outcome of every right-hand side."""
+"""What all solves share: the scaled problem, and the outcome of every right-hand side."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ class Problem:
         start: Tensor | None,
         *,
         rtol: float,
-        atol: float,
-        maxiter: int,
-        precondition: CountedMap,
-        keeps_history: bool,
+        atol: float = 0.0,
+        maxiter: int = 1,
+        precondition: CountedMap | None = None,
+        keeps_history: bool = False,
     ) -> Problem:
         """The problem of a stack of right-hand sides in the caller's scale."""
         scales = _powers_of_two(rhs)
@@ -105,7 +105,7 @@ class Problem:
             tolerances=(rtol * scaled.norm(dim=1)).maximum(atol / scales.squeeze(1)),
             maxiter=maxiter,
             start=start,
-            precondition=precondition,
+            precondition=precondition or CountedMap(None),
             keeps_history=keeps_history,
         )
 
@@ -133,8 +133,8 @@ class Run(ABC):
         """Largest relative residual of a right-hand side that is not done, for the eye."""
 
     @abstractmethod
-    def solution(self) -> Solution:
-        """The outcome in the scale of the caller's right-hand sides."""
+    def solution(self, product: RowsMap) -> Solution:
+        """The outcome in the scale of the caller's right-hand sides; `product` is the system."""
 
 
 class Outcomes:
@@ -194,8 +194,14 @@ class Outcomes:
             norms = torch.where(residual_norms.isfinite(), residual_norms, torch.inf)
             self._history.append((norms, rows.clone()))
 
-    def solution(self, num_applications: int, detail: str = "") -> Solution:
-        """The outcome in the scale of the caller's right-hand sides."""
+    def solution(self, num_applications: int, product: RowsMap, detail: str = "") -> Solution:
+        """The outcome in the scale of the caller's right-hand sides.
+
+        Args:
+            num_applications: Applications of the operator so far.
+            product: The system, to measure again what scaling back has rounded.
+            detail: See `Solution`.
+        """
         scales = self.problem.scales
         # A truncated solve may be wanted although residuals of conjugate gradients can rise above
         # that of zero before they fall; what failed otherwise is not better than zero.
@@ -206,19 +212,28 @@ class Outcomes:
         value = best * scales
         # Powers of two scale exactly, unless the result overflows or becomes subnormal.
         overflown = ~value.isfinite().all(dim=1)
-        inexact = (value / scales != best).any(dim=1) & ~overflown
-        status = torch.where(overflown, CODE[SolveStatus.NON_FINITE], self.status)
+        value = torch.where(overflown.unsqueeze(1), 0.0, value)
+        inexact = (value / scales != best).any(dim=1)
+        if bool(inexact.any()):
+            measured = (self.problem.rhs - product(value / scales)).norm(dim=1)
+            norms = torch.where(inexact, measured, norms)
+            num_applications += 1
+        failed = inexact & (norms > self.problem.tolerances)
         status = torch.where(
-            inexact & (status == CODE[SolveStatus.CONVERGED]), CODE[SolveStatus.STAGNATED], status
+            failed & (self.status == CODE[SolveStatus.CONVERGED]),
+            CODE[SolveStatus.STAGNATED],
+            self.status,
         )
-        by_row = scales.squeeze(1)
+        status = torch.where(overflown, CODE[SolveStatus.NON_FINITE], status)
+        # In float64, where the norms of float32 vectors neither overflow nor underflow.
+        by_row = scales.squeeze(1).double()
         return Solution(
-            value=torch.where(overflown.unsqueeze(1), 0.0, value),
+            value=value,
             status=tuple(STATUS[code] for code in status.tolist()),
             iterations=self.iterations,
-            residual_norms=torch.where(overflown | inexact, self.rhs_norms, norms) * by_row,
-            rhs_norms=self.rhs_norms * by_row,
-            tolerances=self.problem.tolerances * by_row,
+            residual_norms=norms.double() * by_row,
+            rhs_norms=self.rhs_norms.double() * by_row,
+            tolerances=self.problem.tolerances.double() * by_row,
             num_applications=num_applications,
             smallest_curvatures=self.smallest_curvatures,
             num_preconditioner_applications=self.problem.precondition.count,
@@ -229,12 +244,12 @@ class Outcomes:
     def _histories(self) -> tuple[Tensor, ...] | None:
         if not self.problem.keeps_history:
             return None
-        by_row = self.problem.scales.squeeze(1)
+        by_row = self.problem.scales.squeeze(1).double()
         kept = [
             [norms[row] * by_row[row] for norms, rows in self._history if bool(rows[row])]
             for row in range(len(self.rhs_norms))
         ]
-        return tuple(torch.stack(norms) if norms else self.rhs_norms.new_zeros(0) for norms in kept)
+        return tuple(torch.stack(norms) for norms in kept)
 
 
 def following_check(norms: Tensor, tolerances: Tensor) -> Tensor:
