@@ -393,3 +393,10 @@ def test_the_advice_for_strong_negative_curvature_is_possible() -> None:
     assert bool(
         LissaOperator.from_operator(operator, 100.5, scale="auto").solve(normal(2)).converged
     )
+
+
+def test_a_start_beyond_the_range_is_replaced() -> None:
+    operator = MatrixOperator(torch.eye(3))
+    rhs = 1e-12 * torch.ones(3)
+    lissa = LissaOperator.from_operator(operator, scale=1.5)
+    assert bool(lissa.solve(rhs, x0=torch.full((3,), 1e30)).converged)

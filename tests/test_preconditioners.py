@@ -487,3 +487,14 @@ def test_sampled_and_exact_jacobi_agree_on_a_diagonal_of_either_sign() -> None:
     exact = JacobiPreconditioner(5).fit(DiagonalOperator(diagonal))
     assert torch.allclose(sampled.to_dense(), torch.diag(1 / diagonal.abs()))
     assert torch.allclose(exact.to_dense(), sampled.to_dense())
+
+
+@pytest.mark.parametrize("solver", [CgOperator, MinresOperator])
+def test_a_singular_preconditioner_leaves_no_nan(solver) -> None:
+    singular = DiagonalOperator(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    rhs = torch.tensor([[0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
+    inverse = solver(MatrixOperator(random_spd(4, 10.0).float()), preconditioner=singular)
+    solution = inverse.solve(rhs)
+    assert not bool(solution.converged.any())
+    assert bool(solution.value.isfinite().all())
+    assert not bool(solution.smallest_curvatures.isnan().any())

@@ -378,14 +378,18 @@ class LissaOperator(InverseOperator):
 
     def _first_iterate(self, problem: Problem, scale: float) -> Tensor:
         if problem.start is not None:
-            return scale * problem.start
-        if self.h0 is None:
-            return problem.rhs.clone()
-        if self.h0.ndim == 2 and len(self.h0) != len(problem.rhs):
+            first = scale * problem.start
+        elif self.h0 is None:
+            first = problem.rhs
+        elif self.h0.ndim == 2 and len(self.h0) != len(problem.rhs):
             raise ShapeError(
                 f"h0 has {len(self.h0)} rows, but there are {len(problem.rhs)} right-hand sides"
             )
-        return self.h0.expand_as(problem.rhs) / problem.scales
+        else:
+            first = self.h0.expand_as(problem.rhs) / problem.scales
+        # A start whose norm leaves the range of the dtype is no use.
+        usable = first.norm(dim=1, keepdim=True).isfinite()
+        return torch.where(usable, first, problem.rhs)
 
     def _run(self, chain: _Chain, products: Iterator[RowsProduct], bar: tqdm[NoReturn]) -> None:
         """Steps until every row of a chain is verified, has diverged or the steps are used up."""

@@ -114,8 +114,9 @@ class RowRun(Run):
         """
         unit, length = scaled_rows(self.direction)
         image, height = scaled_rows(products)
-        squared = unit.square().sum(dim=1)
-        ratio = (height / length).squeeze(1)
+        # A direction of zero, from a singular preconditioner, has no curvature.
+        squared = unit.square().sum(dim=1).clamp(min=1)
+        ratio = (height / torch.where(length > 0, length, 1.0)).squeeze(1)
         growth = image.norm(dim=1) / squared.sqrt() * ratio
         curvature: Tensor = (unit * image).sum(dim=1) / squared * ratio
         self.operator_norms = torch.where(
