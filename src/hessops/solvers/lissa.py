@@ -27,7 +27,7 @@ from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import BatchOperator
 from hessops.operators.inverse import InverseOperator
-from hessops.operators.outcomes import CODE, CountedMap, Outcomes, Problem
+from hessops.operators.outcomes import CODE, Outcomes, Problem
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.randomness import resolved_generator
 from hessops.streaming import BatchStream, Unpack
@@ -205,15 +205,15 @@ class LissaOperator(InverseOperator):
             operator,
             _BatchSteps(operator),
             regularization,
-            maxiter,
-            dampen,
-            scale,
-            rtol,
-            progress,
-            warn_on_max_iteration,
-            h0,
-            num_chains,
-            generator,
+            maxiter=maxiter,
+            dampen=dampen,
+            scale=scale,
+            rtol=rtol,
+            progress=progress,
+            warn_on_max_iteration=warn_on_max_iteration,
+            h0=h0,
+            num_chains=num_chains,
+            generator=generator,
         )
 
     @classmethod
@@ -263,15 +263,15 @@ class LissaOperator(InverseOperator):
             operator,
             _DataSteps(operator),
             regularization,
-            maxiter,
-            dampen,
-            scale,
-            rtol,
-            progress,
-            warn_on_max_iteration,
-            h0,
-            1,
-            generator,
+            maxiter=maxiter,
+            dampen=dampen,
+            scale=scale,
+            rtol=rtol,
+            progress=progress,
+            warn_on_max_iteration=warn_on_max_iteration,
+            h0=h0,
+            num_chains=1,
+            generator=generator,
         )
         return lissa
 
@@ -280,6 +280,7 @@ class LissaOperator(InverseOperator):
         operator: TensorOperator,
         steps: _Steps,
         regularization: float | None,
+        *,
         maxiter: int,
         dampen: float,
         scale: Scale,
@@ -352,9 +353,7 @@ class LissaOperator(InverseOperator):
             rhs,
             start,
             rtol=self.rtol,
-            atol=0.0,
             maxiter=self.maxiter,
-            precondition=CountedMap(None),
             keeps_history=history,
         )
         outcomes = Outcomes(problem)
@@ -407,12 +406,11 @@ class LissaOperator(InverseOperator):
         self, problem: Problem, outcomes: Outcomes, chains: list[_Chain], scale: float
     ) -> Solution:
         diverged = torch.stack([chain.diverged for chain in chains]).any(dim=0)
-        mean = torch.stack([chain.current for chain in chains]).mean(dim=0) / scale
         non_finite = torch.stack([chain.non_finite for chain in chains]).any(dim=0)
-        value = torch.where((diverged | non_finite).unsqueeze(1), 0.0, mean)
-        residual = problem.rhs - self.system._product(value)
-        norms = residual.norm(dim=1)
         every = torch.ones_like(diverged)
+        mean = torch.stack([chain.current for chain in chains]).mean(dim=0) / scale
+        value = torch.where((diverged | non_finite).unsqueeze(1), 0.0, mean)
+        norms = (problem.rhs - self.system._product(value)).norm(dim=1)
         norms = torch.where(non_finite, outcomes.rhs_norms, norms)
         outcomes.decide(non_finite, SolveStatus.NON_FINITE)
         outcomes.decide(diverged, SolveStatus.DIVERGED)
