@@ -47,6 +47,16 @@ class Counting(TensorOperator):
         return rows @ self.matrix.T
 
 
+class Overflowing(TensorOperator):
+    """An operator on R^3 whose products are infinite."""
+
+    def __init__(self) -> None:
+        super().__init__(3, torch.float64, "cpu", symmetric=True)
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return rows / 0
+
+
 def true_residuals(matrix: Tensor, rhs: Tensor, value: Tensor) -> Tensor:
     """Relative residual norms in float64, zero for a zero right-hand side."""
     rhs, value = (t.double().reshape(-1, len(matrix)) for t in (rhs, value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import random_spd
-from solver_cases import Counting, normal, true_residuals
+from solver_cases import Counting, Overflowing, normal, true_residuals
 from torch import Tensor, nn
 
 from hessops import (
@@ -199,13 +199,6 @@ def test_the_zero_operator_breaks_down() -> None:
 
 
 def test_non_finite_products_are_said() -> None:
-    class Overflowing(TensorOperator):
-        def __init__(self) -> None:
-            super().__init__(3, torch.float64, "cpu", symmetric=True)
-
-        def _apply_rows(self, rows: Tensor) -> Tensor:
-            return rows / 0
-
     solution = block(Overflowing()).solve(normal(2, 3))
     assert set(solution.status) == {SolveStatus.NON_FINITE}
     assert bool(solution.value.isfinite().all())

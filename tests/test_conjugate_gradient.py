@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from reference import random_spd
+from solver_cases import Counting, Overflowing, normal
 from torch import Tensor, nn
 
 from hessops import (
@@ -18,7 +19,6 @@ from hessops import (
     MatrixOperator,
     Solution,
     SolveStatus,
-    TensorOperator,
 )
 from hessops.errors import (
     ConvergenceWarning,
@@ -30,25 +30,8 @@ from hessops.errors import (
 )
 
 
-def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
 def true_residuals(matrix: Tensor, rhs: Tensor, value: Tensor) -> Tensor:
     return (rhs - value @ matrix.T).norm(dim=-1)
-
-
-class Counting(TensorOperator):
-    """A matrix that counts its applications."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        super().__init__(len(matrix), matrix.dtype, "cpu", symmetric=True)
-        self.matrix, self.count = matrix, 0
-
-    def _apply_rows(self, rows: Tensor) -> Tensor:
-        self.count += 1
-        return rows @ self.matrix.T
 
 
 def test_twenty_right_hand_sides_on_eight_parameters_are_all_solved() -> None:
@@ -225,13 +208,6 @@ def test_the_zero_operator_breaks_down() -> None:
 
 
 def test_non_finite_products_raise() -> None:
-    class Overflowing(TensorOperator):
-        def __init__(self) -> None:
-            super().__init__(3, torch.float64, "cpu", symmetric=True)
-
-        def _apply_rows(self, rows: Tensor) -> Tensor:
-            return rows / 0
-
     operator = CgOperator(Overflowing())
     with pytest.raises(NonFiniteProductError, match="non-finite"):
         operator.apply(torch.ones(3, dtype=torch.float64))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import random_spd
-from solver_cases import Counting, normal, true_residuals
+from solver_cases import Counting, Overflowing, normal, true_residuals
 from torch import Tensor, nn
 
 from hessops import (
@@ -14,7 +14,6 @@ from hessops import (
     MatrixOperator,
     MinresOperator,
     SolveStatus,
-    TensorOperator,
 )
 from hessops.errors import PreconditionerError, SolverBreakdownError, StructureError
 
@@ -161,13 +160,6 @@ def test_a_preconditioner_that_is_not_positive_definite_is_said() -> None:
 
 
 def test_non_finite_products_are_said() -> None:
-    class Overflowing(TensorOperator):
-        def __init__(self) -> None:
-            super().__init__(3, torch.float64, "cpu", symmetric=True)
-
-        def _apply_rows(self, rows: Tensor) -> Tensor:
-            return rows / 0
-
     solution = MinresOperator(Overflowing()).solve(normal(2, 3))
     assert set(solution.status) == {SolveStatus.NON_FINITE}
 

@@ -70,7 +70,8 @@ class Preconditioner(ABC):
 class FittedPreconditioner(TensorOperator):
     r"""An operator close to :math:`(A + \lambda I)^{-1}` that can be had for another λ.
 
-    Symmetric positive definite. A subclass defines the product and ``_at(shift)``.
+    Symmetric positive definite. A subclass defines the product from what was fitted and
+    `total_shift`, as ``_apply_rows`` or ``_apply_vector``, and ``_move``.
 
     Args:
         like: A, for size, dtype, device and parameters.

@@ -99,6 +99,16 @@ def checked_count(value: object, name: str, *, minimum: int = 1) -> int:
     return value
 
 
+def require_single_or_double(dtype: torch.dtype, name: str, method: str) -> None:
+    """Refuses half precision, in which iterations lose their way.
+
+    Raises:
+        DtypeError: Another dtype than float32 and float64.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise DtypeError(f"{name} is {dtype}; {method} needs float32 or float64")
+
+
 def resolved_device(device: torch.device | str) -> torch.device:
     """The device with its index: ``"cuda"`` means the current CUDA device."""
     device = torch.device(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from hessops.errors import (
     StructureError,
 )
 from hessops.functional.low_rank import LowRankProductRepresentation, Operator
+from hessops.functional.precision import powers_of_two
 from hessops.randomness import resolved_generator, standard_normal
 from hessops.validation import checked_count, checked_number, resolved_device
 
@@ -147,7 +147,7 @@ class NystroemSketch:
         """What `randomized_nystroem_approximation` returns, from the columns there are."""
         basis = self.basis
         # Scaled by a power of two, so that no norm leaves the range of the dtype.
-        scale = _power_of_two(self.image)
+        scale = powers_of_two(self.image.reshape(1, -1)).item()
         image = self.image / scale
         core = basis.T @ image
         _require_symmetric_core(core, image)
@@ -216,12 +216,6 @@ def _require_symmetric_core(core: Tensor, image: Tensor) -> None:
             f"the matrix is not symmetric: ΩᵀAΩ differs from its transpose by {asymmetry:.1e}, "
             f"with ‖AΩ‖ = {image.norm().item():.1e}"
         )
-
-
-def _power_of_two(image: Tensor) -> float:
-    """The power of two below the largest entry; 1 for zero."""
-    largest = image.abs().max().item()
-    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 1.0
 
 
 def _shift(image: Tensor, scale: float, shift_func: ShiftFunction | None) -> float:

@@ -20,3 +20,22 @@ def scaled_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = rows.abs().amax(dim=1, keepdim=True)
     return rows / torch.where(largest > 0, largest, 1.0), largest
+
+
+def safe_norms(rows: Tensor) -> Tensor:
+    """Norms of rows whose squares may overflow or underflow, ``(k,)``."""
+    scaled, largest = scaled_rows(rows)
+    norms: Tensor = scaled.norm(dim=1) * largest.squeeze(1)
+    return norms
+
+
+def powers_of_two(rows: Tensor) -> Tensor:
+    """The power of two below the largest entry of each row, ``(k, 1)``; 1 for a zero row.
+
+    Dividing by it is exact and keeps the squares in norms from underflowing: in float32 the square
+    of a gradient of size 1e-25 is zero.
+    """
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    _, exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))
+    powers = torch.ldexp(torch.ones_like(largest), exponent - 1)
+    return powers.clamp(min=torch.finfo(rows.dtype).tiny)

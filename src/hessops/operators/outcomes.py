@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessops.functional.precision import scaled_rows
+from hessops.functional.precision import powers_of_two
 from hessops.operators.solution import Solution, SolveStatus
 
 # The residual of a recurrence drifts from the true one. A candidate is verified when it is a
@@ -93,7 +93,7 @@ class Problem:
         keeps_history: bool = False,
     ) -> Problem:
         """The problem of a stack of right-hand sides in the caller's scale."""
-        scales = _powers_of_two(rhs)
+        scales = powers_of_two(rhs)
         scaled = rhs / scales
         if start is not None:
             start = start / scales
@@ -108,33 +108,6 @@ class Problem:
             precondition=precondition or CountedMap(None),
             keeps_history=keeps_history,
         )
-
-
-class Run(ABC):
-    """One solve, from the outside: products come in until it is finished."""
-
-    iterations: Tensor
-    num_applications: int
-
-    @abstractmethod
-    def is_finished(self) -> bool:
-        """Whether every right-hand side has its outcome."""
-
-    @abstractmethod
-    def vectors(self) -> Tensor:
-        """The rows to multiply next."""
-
-    @abstractmethod
-    def advance(self, products: Tensor) -> None:
-        """Goes on with the products of `vectors`."""
-
-    @abstractmethod
-    def worst_residual(self) -> float:
-        """Largest relative residual of a right-hand side that is not done, for the eye."""
-
-    @abstractmethod
-    def solution(self, product: RowsMap) -> Solution:
-        """The outcome in the scale of the caller's right-hand sides; `product` is the system."""
 
 
 class Outcomes:
@@ -252,6 +225,52 @@ class Outcomes:
         return tuple(torch.stack(norms) for norms in kept)
 
 
+class Run(ABC):
+    """One solve: products of `vectors` come in until it is finished.
+
+    Attributes:
+        problem: What is solved.
+        outcomes: What has come out, by right-hand side.
+        estimates: Residual norms of the recurrence, ``(k,)``.
+        next_check: Where `estimates` are below this, the true residuals are measured, ``(k,)``.
+        num_applications: Applications of the operator so far.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.outcomes = Outcomes(problem)
+        self.estimates = self.outcomes.rhs_norms.clone()
+        self.next_check = following_check(self.estimates, problem.tolerances)
+        self.num_applications = 0
+
+    @abstractmethod
+    def is_finished(self) -> bool:
+        """Whether every right-hand side has its outcome, verified."""
+
+    @abstractmethod
+    def vectors(self) -> Tensor:
+        """The rows to multiply next."""
+
+    @abstractmethod
+    def advance(self, products: Tensor) -> None:
+        """Goes on with the products of `vectors`."""
+
+    @property
+    def iterations(self) -> Tensor:
+        """Steps taken for each right-hand side, ``(k,)``."""
+        return self.outcomes.iterations
+
+    def worst_residual(self) -> float:
+        """Largest relative residual of the recurrence among what is not decided, for the eye."""
+        norms = self.outcomes.rhs_norms
+        relative = self.estimates / torch.where(norms > 0, norms, 1.0)
+        return float(torch.where(self.outcomes.undecided, relative, 0.0).max().item())
+
+    def solution(self, product: RowsMap) -> Solution:
+        """The outcome in the scale of the caller's right-hand sides; `product` is the system."""
+        return self.outcomes.solution(self.num_applications, product)
+
+
 def following_check(norms: Tensor, tolerances: Tensor) -> Tensor:
     """The residual norms of the recurrence at which the true ones are measured next.
 
@@ -261,22 +280,3 @@ def following_check(norms: Tensor, tolerances: Tensor) -> Tensor:
     return torch.where(
         CHECK_FACTOR * norms > target, CHECK_FACTOR * norms, target.minimum(norms / 2)
     )
-
-
-def safe_norms(rows: Tensor) -> Tensor:
-    """Norms of rows whose squares may overflow or underflow, ``(k,)``."""
-    scaled, largest = scaled_rows(rows)
-    norms: Tensor = scaled.norm(dim=1) * largest.squeeze(1)
-    return norms
-
-
-def _powers_of_two(rhs: Tensor) -> Tensor:
-    """The power of two below the largest entry of each row, ``(k, 1)``; 1 for a zero row.
-
-    Dividing by it is exact and keeps the squares in norms from underflowing: in float32 the square
-    of a gradient of size 1e-25 is zero.
-    """
-    largest = rhs.abs().amax(dim=1, keepdim=True)
-    _, exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))
-    powers = torch.ldexp(torch.ones_like(largest), exponent - 1)
-    return powers.clamp(min=torch.finfo(rhs.dtype).tiny)

@@ -8,19 +8,17 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from hessops.functional.precision import safe_norms
 from hessops.operators.outcomes import (
     CANDIDATE_FACTOR,
     CHECK_INTERVAL,
     CURVATURE_NOISE,
     DRIFT_FACTOR,
-    Outcomes,
     Problem,
-    RowsMap,
     Run,
     following_check,
-    safe_norms,
 )
-from hessops.operators.solution import Solution, SolveStatus
+from hessops.operators.solution import SolveStatus
 
 # What is cut off when the rank of a block is reduced stays below this share of the tolerances.
 TRUNCATION_FACTOR = 0.1
@@ -81,18 +79,15 @@ class BlockRun(Run):
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.outcomes = Outcomes(problem)
+        super().__init__(problem)
         start = problem.start
         self.iterate = torch.zeros_like(problem.rhs) if start is None else start.clone()
-        self.estimates = self.outcomes.rhs_norms.clone()
-        self.next_check = following_check(self.estimates, problem.tolerances)
         # Right-hand sides whose recurrence is no longer true; they wait for the others.
         self.drifted = torch.zeros_like(self.estimates, dtype=torch.bool)
         self.candidates = torch.zeros(0, dtype=torch.int64, device=problem.rhs.device)
         self.candidate_iterates = problem.rhs[:0]
         self.candidate_estimates = self.estimates[:0]
-        self.num_applications = self.steps = 0
+        self.steps = 0
         self.operator_norm = 0.0
         # What it is called when a restart does not help; ``None`` restarts unconditionally.
         self.reason: SolveStatus | None = None
@@ -103,11 +98,6 @@ class BlockRun(Run):
         self.outcomes.keep(self.estimates, ~self.awaited)
         if start is None and len(undecided):
             self._begin(undecided, problem.rhs[undecided])
-
-    @property
-    def iterations(self) -> Tensor:  # type: ignore[override]  # kept with the outcomes
-        """Steps taken until each right-hand side was decided, ``(k,)``."""
-        return self.outcomes.iterations
 
     def _undecided(self) -> Tensor:
         return self.outcomes.undecided.nonzero().squeeze(1)
@@ -350,18 +340,6 @@ class BlockRun(Run):
         self._set_candidates(rows)
         # What has not failed goes on in a block of its own.
         self.phase, self.reason = _Phase.LAST, None
-
-    # --- what came out -------------------------------------------------------------------
-
-    def worst_residual(self) -> float:
-        """Largest relative residual of the recurrence among what is not decided."""
-        norms = self.outcomes.rhs_norms
-        relative = self.estimates / torch.where(norms > 0, norms, 1.0)
-        return torch.where(self.outcomes.undecided, relative, 0.0).max().item()
-
-    def solution(self, product: RowsMap) -> Solution:
-        """The outcome of every right-hand side."""
-        return self.outcomes.solution(self.num_applications, product)
 
 
 def _reduced(columns: Tensor, truncation: float) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hessops.errors import ArgumentTypeError, DtypeError, StructureError
+from hessops.errors import ArgumentTypeError, StructureError
 from hessops.operators.algebra import require_compatible
 from hessops.operators.base import TensorOperator
 from hessops.operators.inverse import DirectInverse, InverseOperator, default_rtol
 from hessops.operators.outcomes import CountedMap, Problem, Run
 from hessops.operators.solution import Solution
 from hessops.preconditioners import Preconditioner
-from hessops.validation import checked_count, checked_number, checked_regularization
+from hessops.validation import (
+    checked_count,
+    checked_number,
+    checked_regularization,
+    require_single_or_double,
+)
 
 
 class KrylovOperator(InverseOperator):
@@ -57,10 +62,7 @@ class KrylovOperator(InverseOperator):
         warn_on_max_iteration: bool = True,
     ) -> None:
         super().__init__(operator, regularization, warn_on_max_iteration=warn_on_max_iteration)
-        if operator.dtype not in (torch.float32, torch.float64):
-            raise DtypeError(
-                f"operator is {operator.dtype}; {self._method()} needs float32 or float64"
-            )
+        require_single_or_double(operator.dtype, "operator", self._method())
         self._refuse_unsuitable()
         self.rtol = (
             default_rtol(operator.dtype)

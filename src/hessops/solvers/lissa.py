@@ -17,7 +17,6 @@ from hessops.batch.operation import BatchOperation
 from hessops.errors import (
     ArgumentError,
     ConvergenceWarning,
-    DtypeError,
     NonFiniteProductError,
     ShapeError,
     StructureError,
@@ -31,7 +30,12 @@ from hessops.operators.outcomes import CODE, Outcomes, Problem
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.randomness import resolved_generator
 from hessops.streaming import BatchStream, Unpack
-from hessops.validation import checked_count, checked_number, checked_rows
+from hessops.validation import (
+    checked_count,
+    checked_number,
+    checked_rows,
+    require_single_or_double,
+)
 
 RowsProduct = Callable[[Tensor], Tensor]
 Scale = float | Literal["auto"]
@@ -292,8 +296,7 @@ class LissaOperator(InverseOperator):
         generator: torch.Generator | None,
     ) -> None:
         super().__init__(operator, regularization, warn_on_max_iteration=warn_on_max_iteration)
-        if operator.dtype not in (torch.float32, torch.float64):
-            raise DtypeError(f"operator is {operator.dtype}; LiSSA needs float32 or float64")
+        require_single_or_double(operator.dtype, "operator", "LiSSA")
         self.maxiter = checked_count(maxiter, "maxiter")
         self.dampen = checked_number(dampen, "dampen", minimum=0)
         if self.dampen >= 2:

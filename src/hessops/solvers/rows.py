@@ -12,13 +12,11 @@ from hessops.functional.precision import scaled_rows
 from hessops.operators.outcomes import (
     CHECK_INTERVAL,
     DRIFT_FACTOR,
-    Outcomes,
     Problem,
-    RowsMap,
     Run,
     following_check,
 )
-from hessops.operators.solution import Solution, SolveStatus
+from hessops.operators.solution import SolveStatus
 
 
 class Phase(IntEnum):
@@ -41,16 +39,12 @@ class RowRun(Run):
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.outcomes = Outcomes(problem)
+        super().__init__(problem)
         self.iterate = torch.zeros_like(problem.rhs)
         self.residual = problem.rhs.clone()
         self.direction = torch.zeros_like(problem.rhs)
-        self.estimates = self.outcomes.rhs_norms.clone()
-        self.num_applications = 0
         # Largest ‖Ap‖/‖p‖ met: a lower bound of ‖A‖ for the curvature test.
         self.operator_norms = torch.zeros_like(self.estimates)
-        self.next_check = following_check(self.estimates, problem.tolerances)
         active = self.outcomes.undecided
         # Rows whose recurrence cannot go on, so that it must start anew from the true residual.
         self.must_restart = torch.zeros_like(active)
@@ -76,11 +70,6 @@ class RowRun(Run):
 
         One application of the preconditioner must serve both.
         """
-
-    @property
-    def iterations(self) -> Tensor:  # type: ignore[override]  # kept with the outcomes
-        """Steps taken by each row, ``(k,)``."""
-        return self.outcomes.iterations
 
     def is_finished(self) -> bool:
         """Whether every row is done."""
@@ -170,14 +159,3 @@ class RowRun(Run):
         self.phase = torch.where(going_on, int(Phase.STEP), self.phase)
         self.phase = torch.where(self.returning, int(Phase.VERIFY), self.phase)
         return restarted
-
-    def worst_residual(self) -> float:
-        """Largest relative residual of the recurrence among the rows that are not done."""
-        active = self.phase != Phase.DONE
-        norms = self.outcomes.rhs_norms
-        relative = self.estimates / torch.where(norms > 0, norms, 1.0)
-        return float(torch.where(active, relative, 0.0).max().item())
-
-    def solution(self, product: RowsMap) -> Solution:
-        """The outcome of every row."""
-        return self.outcomes.solution(self.num_applications, product)
