@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import random_spd
-from solver_cases import Counting, normal, true_residuals
+from solver_cases import SOLVERS, Counting, normal, true_residuals
 from torch import Tensor, nn
 
 import hessops
 from hessops import (
     BlockDiagonalPreconditioner,
     CgOperator,
+    ClosedFormInverse,
     DiagonalOperator,
     DirectSolveOperator,
     FittedPreconditioner,
@@ -498,3 +499,14 @@ def test_a_singular_preconditioner_leaves_no_nan(solver) -> None:
     assert not bool(solution.converged.any())
     assert bool(solution.value.isfinite().all())
     assert not bool(solution.smallest_curvatures.isnan().any())
+
+
+@pytest.mark.parametrize("solver", ["cg", "block cg", "minres"])
+def test_a_direct_inverse_preconditions_without_measuring_itself(solver: str) -> None:
+    matrix, rhs = random_spd(20, 1e4), normal(3, 20)
+    near = matrix + 1e-3 * torch.eye(20).double()
+    measured = Counting(near)
+    given = ClosedFormInverse(measured, MatrixOperator(torch.linalg.inv(near)))
+    inverse = SOLVERS[solver](matrix, given)
+    assert bool(inverse.solve(rhs).converged.all())
+    assert measured.count == 0

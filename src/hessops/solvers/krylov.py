@@ -178,6 +178,9 @@ class KrylovOperator(InverseOperator):
 def _counted(preconditioner: TensorOperator | None) -> CountedMap:
     if preconditioner is None:
         return CountedMap(None)
+    if isinstance(preconditioner, DirectInverse):
+        # Not as a solve: it would be measured by a product with its own operator each time.
+        return CountedMap(preconditioner._inverse_rows)
     return CountedMap(preconditioner._product, varies=_is_iterative(preconditioner))
 
 
