@@ -55,7 +55,10 @@ class Preconditioner(ABC):
 
         Args:
             operator: A.
-            regularization: λ >= 0; ``None`` is 0.
+            regularization: λ >= 0, on top of any shift of A; ``None`` is 0.
+
+        Returns:
+            An operator of the size, dtype and device of A.
         """
 
     def refit(

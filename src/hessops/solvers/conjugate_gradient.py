@@ -38,6 +38,10 @@ class CgOperator(KrylovOperator):
     without which an ill-conditioned system loses the gain. Each right-hand side still meets its own
     tolerance.
 
+    `apply` and `solve` take a vector ``(n,)`` or the rows of a stack ``(k, n)`` of A's dtype and
+    answer in the same shape. `apply` raises a `SolverError` where the value would be meaningless
+    and warns (`ConvergenceWarning`) where it is short of the tolerance; `solve` reports both.
+
     Args:
         operator: A, any operator of float32 or float64; not known to be non-symmetric or
             indefinite.

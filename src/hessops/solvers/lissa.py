@@ -145,6 +145,10 @@ class LissaOperator(InverseOperator):
     and at the end. Where a recursion grows beyond what stable ones can, it is stopped as
     *diverged*; the error, and `Solution.detail`, say which argument to change and to what.
 
+    `apply` and `solve` take a vector ``(n,)`` or the rows of a stack ``(k, n)`` of A's dtype and
+    answer in the same shape. `apply` raises a `SolverError` where the value would be meaningless
+    and warns (`ConvergenceWarning`) where it is short of the tolerance; `solve` reports both.
+
     Args:
         batch_operation: The matrix of a batch; see `BatchOperator`.
         data: A ``DataLoader``, list of batches or other iterable that can be iterated again.

@@ -33,6 +33,10 @@ class MinresOperator(KrylovOperator):
     A singular system is solved where the right-hand side is in its range. Where it is not, the
     outcome is a *breakdown*, and the value is close to a least-squares solution.
 
+    `apply` and `solve` take a vector ``(n,)`` or the rows of a stack ``(k, n)`` of A's dtype and
+    answer in the same shape. `apply` raises a `SolverError` where the value would be meaningless
+    and warns (`ConvergenceWarning`) where it is short of the tolerance; `solve` reports both.
+
     Args:
         operator: A, any operator of float32 or float64; not known to be non-symmetric.
         regularization: λ >= 0, on top of any shift of A; ``None`` is 0.
