@@ -48,6 +48,7 @@ def test_marks_are_hollow_where_the_tolerance_was_not_met() -> None:
         assert mark.get_markerfacecolor() == face
 
 
+@pytest.mark.filterwarnings("ignore::hessops.errors.ZeroShiftWarning")
 def test_several_methods_are_compared_on_given_axes() -> None:
     matrix, rhs = MatrixOperator(random_spd(20, 1e4)), normal(2, 20)
     recipe = NystroemPreconditioner(rank=8)

@@ -48,6 +48,10 @@ from hessops.errors import (
 HONEST_FAILURES = {SolveStatus.MAX_ITERATIONS, SolveStatus.STAGNATED}
 
 
+# Matrices that are regular without a shift.
+pytestmark = pytest.mark.filterwarnings("ignore::hessops.errors.ZeroShiftWarning")
+
+
 @pytest.mark.parametrize(("solver", "preconditioner", "conditioning", "rhs"), CELLS)
 def test_the_true_residual_meets_the_tolerance_or_the_status_says_that_it_does_not(
     solver: str, preconditioner: str, conditioning: str, rhs: str

@@ -126,3 +126,19 @@ class ConvergenceWarning(HessopsWarning):
 
 class IndefiniteSketchWarning(HessopsWarning):
     """A Nyström sketch met negative eigenvalues, which it leaves out."""
+
+
+class ZeroShiftWarning(HessopsWarning):
+    """A preconditioner needs a positive shift and took the smallest safe one."""
+
+
+class UncoveredParametersWarning(HessopsWarning):
+    """Trainable parameters belong to no block of an influence model."""
+
+
+class NotFittedError(HessopsError, RuntimeError):
+    """An influence model is used before ``fit``."""
+
+
+class StoreError(HessopsError, ValueError):
+    """What lies at a path is not what this computation, or this model, would have written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Self
@@ -99,6 +99,16 @@ class Objective:
         """Takes a new copy of the user's model as it is now, in place; returns itself."""
         self._hold(self._snapshot.refreshed())
         return self
+
+    def restricted(self, names: Iterable[str]) -> Objective:
+        """The same objective, differentiated by some of its parameters only; values are shared.
+
+        Raises:
+            ParameterNameError: A name that is not in `space`, or none.
+        """
+        fewer = copy.copy(self)
+        fewer._hold(self._snapshot.restricted(names))
+        return fewer
 
     def to(self, device: torch.device | str) -> Objective:
         """The same objective, values included, on another device."""

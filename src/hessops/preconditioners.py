@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +11,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from hessops.errors import ArgumentError, ArgumentTypeError, MemoryLimitError, StructureError
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    MemoryLimitError,
+    StructureError,
+    ZeroShiftWarning,
+)
 from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.functional.nystroem import operator_sketch
 from hessops.operators.base import DENSE_CHUNK_BYTES, TensorOperator
 from hessops.operators.dense import MatrixOperator
-from hessops.operators.diagonal import BlockDiagonalOperator
+from hessops.operators.diagonal import BlockDiagonalOperator, DiagonalBlock
 from hessops.randomness import rademacher, resolved_generator
 from hessops.validation import (
     available_bytes,
@@ -219,6 +226,9 @@ class NystroemPreconditioner(Preconditioner):
     Section 5). The condition number falls to about :math:`(\sigma_r + \mu) / \mu`. It takes one
     application of A to `rank` + `oversampling` columns; another μ needs none.
 
+    Without any shift the smallest safe one is taken for μ, the rounding error √n·ε·σ₁ of the
+    sketch, with a `ZeroShiftWarning`: a singular operator has no other.
+
     Of an operator that is not positive semi-definite, such as a raw Hessian, the positive part is
     sketched, at the price of a second application and with an `IndefiniteSketchWarning`.
 
@@ -313,11 +323,38 @@ class _Nystroem(FittedPreconditioner):
         super().__init__(like, shift, regularization)
         values = sketch.eigen_vals
         # Eigenvalues that are rounding must not be inverted when there is no shift.
-        noise = torch.finfo(values.dtype).eps * len(sketch.projections) ** 0.5
-        kept = values > noise * values.max() if len(values) else values > 0
+        kept = values > self._rounding * values.max() if len(values) else values > 0
         self.sketch = replace(
             sketch, eigen_vals=values[kept], projections=sketch.projections[:, kept].contiguous()
         )
+        self._warn_without_shift()
+
+    @property
+    def damping(self) -> float:
+        """μ: the whole shift, or without one the rounding error of the sketched eigenvalues."""
+        if self.total_shift > 0 or not self.sketch.rank:
+            return self.total_shift
+        return self._rounding * self.sketch.eigen_vals[0].item()
+
+    @property
+    def _rounding(self) -> float:
+        return float(torch.finfo(self.dtype).eps * self.input_size**0.5)
+
+    def _warn_without_shift(self) -> None:
+        if self.damping != self.total_shift:
+            warnings.warn(
+                "the Nyström preconditioner of an operator without shift takes the smallest safe "
+                f"one, mu = {self.damping:.1e} (its rounding error); eigenvalues below it are not "
+                "told from zero. Pass a regularization where the operator may be singular",
+                ZeroShiftWarning,
+                stacklevel=2,
+            )
+
+    def with_regularization(self, regularization: float | None) -> Self:
+        """The preconditioner for another λ, without a product with A."""
+        changed = super().with_regularization(regularization)
+        changed._warn_without_shift()
+        return changed
 
     @property
     def smallest(self) -> float:
@@ -329,7 +366,7 @@ class _Nystroem(FittedPreconditioner):
         values, basis = self.sketch.eigen_vals, self.sketch.projections
         if not len(values):
             return rows.clone()
-        gains = (values[-1] + self.total_shift) / (values + self.total_shift) - 1
+        gains = (values[-1] + self.damping) / (values + self.damping) - 1
         return rows + (rows @ basis * gains) @ basis.T
 
     def _move(self, device: torch.device) -> Self:
@@ -404,7 +441,7 @@ class BlockDiagonalPreconditioner(Preconditioner):
             matrices = _dense_blocks(base, positions)
             blocks += [_SpectralInverse(matrix, shift + own) for matrix in matrices]
         else:
-            parts = [_DiagonalBlock(base, where) for where in positions]
+            parts = [DiagonalBlock(base, where) for where in positions]
             blocks += [self.recipe.fit(part, shift + own) for part in parts]
         return BlockDiagonalOperator._at(blocks, positions, operator.space)
 
@@ -418,7 +455,7 @@ class BlockDiagonalPreconditioner(Preconditioner):
         total = shift + checked_regularization(regularization)
         recipe = self.recipe or _DenseBlocks()
         blocks = [
-            recipe.refit(block, _DiagonalBlock(base, where), total)
+            recipe.refit(block, DiagonalBlock(base, where), total)
             for block, where in zip(fitted.blocks, fitted._positions, strict=True)
         ]
         return BlockDiagonalOperator._at(blocks, fitted._positions, operator.space)
@@ -487,25 +524,6 @@ class _SpectralInverse(FittedPreconditioner):
         moved = self._copy_on(device)
         moved.values, moved.vectors = self.values.to(device), self.vectors.to(device)
         return moved
-
-
-class _DiagonalBlock(TensorOperator):
-    """Rows and columns of an operator at some positions."""
-
-    def __init__(self, operator: TensorOperator, positions: Tensor) -> None:
-        super().__init__(
-            len(positions),
-            operator.dtype,
-            operator.device,
-            symmetric=operator.symmetric,
-            positive_semidefinite=True if operator.positive_semidefinite else None,
-        )
-        self.operator, self.positions = operator, positions
-
-    def _apply_rows(self, rows: Tensor) -> Tensor:
-        whole = rows.new_zeros(len(rows), self.operator.input_size)
-        whole[:, self.positions] = rows
-        return self.operator._product(whole)[:, self.positions]
 
 
 class _DenseBlocks(Preconditioner):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -111,6 +111,17 @@ class ModelSnapshot:
         fresh = copy.copy(self)
         fresh._take()
         return fresh
+
+    def restricted(self, names: Iterable[str]) -> ModelSnapshot:
+        """The same copy, differentiated by some of its parameters only; values are shared.
+
+        Raises:
+            ParameterNameError: A name that is not in `space`, or none.
+        """
+        fewer = copy.copy(self)
+        fewer.space = self.space.subspace(names)
+        fewer._hold(self.module, self.loss)
+        return fewer
 
     def to(self, device: torch.device | str) -> ModelSnapshot:
         """The same snapshot, values included, on another device."""

@@ -216,6 +216,14 @@ class BatchStream:
         return None if self._first_pass is None else self._first_pass.num_points
 
     @property
+    def fingerprint(self) -> str | None:
+        """A hash of the points that does not depend on their order; ``None`` before a whole pass.
+
+        On the meta device, where there are no values, it is that of their number.
+        """
+        return None if self._first_pass is None else self._first_pass.digest()
+
+    @property
     def is_cached(self) -> bool:
         """Whether the batches of the last pass are kept on the device."""
         return self._kept is not None
@@ -472,6 +480,10 @@ class _Fingerprint:
                 "operator is applied to the same points every time; freeze what varies, or pass a "
                 "list of batches"
             )
+
+    def digest(self) -> str:
+        """The number of points and their hash."""
+        return f"{self.num_points}:{self._value():016x}"
 
     def _value(self) -> int:
         total = sum(int(s) for s in self._sums) % 2**64

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from hessops.batch.model import ModelBatchOperation
-from hessops.errors import ModelError
-from hessops.functional.gradients import mean_gradient, per_sample_gradients
+from hessops.functional.gradients import PerSampleGradients
 from hessops.functional.precision import accumulation_dtype, scaled_rows
 from hessops.functional.products import LinearFunction, Stack
 from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
 from hessops.streaming import Batch
 from hessops.validation import checked_number
-
-# Memory for the per-sample gradients of one chunk of points.
-GRADIENT_BYTES = 2**28
 
 
 class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
@@ -68,19 +67,17 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
         reduction: Reduction = "mean",
         chunk_size: int | None = None,
     ) -> None:
-        self.regularization = checked_number(
-            regularization, "regularization", minimum=0, exclusive=True
-        )
+        self.regularization = _checked_positive(regularization)
         super().__init__(model, loss, restrict_to, reduction=reduction, chunk_size=chunk_size)
-        self._vectorize = True
+        self._gradients = PerSampleGradients(chunk_size)
 
     def _linearize(self, batch: Batch, *, forward_mode: bool) -> LinearFunction:
         def apply(stack: Stack) -> Stack:
             rows = self.space.flatten(stack)
             wide = rows.to(accumulation_dtype(rows.dtype))
             correction = torch.zeros_like(wide)
-            for points in self._chunks(batch):
-                units, norms = _normalized(self._gradients(points).to(wide.dtype))
+            for gradients in self._gradients.chunks(self.objective, batch):
+                units, norms = _normalized(gradients.to(wide.dtype))
                 # ‖g‖²/(λ + ‖g‖²), without the square that would overflow
                 shares = 1 / (1 + self.regularization / norms / norms)
                 correction += (wide @ units.T * shares) @ units
@@ -93,53 +90,32 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
         # All vectors share the gradients of a chunk of points; they need no chunks of their own.
         return self._linearize(batch, forward_mode=False)(tensors)
 
-    def _chunks(self, batch: Batch) -> list[Batch]:
-        gradient_bytes = self.space.size * self.space.dtype.itemsize
-        size = self.chunk_size or max(1, GRADIENT_BYTES // (2 * gradient_bytes))
-        starts = range(0, batch.size, size)
-        return [batch.rows(slice(s, s + size), min(size, batch.size - s)) for s in starts]
-
-    def _gradients(self, batch: Batch) -> Tensor:
-        """Per-sample gradients ``(m, P)``, by vmap where the model admits it."""
-        objective = self.objective
-        if self._vectorize:
-            try:
-                return self.space.flatten(per_sample_gradients(objective, objective.params, batch))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # whatever vmap refuses, the loop below does
-                self._vectorize = False
-        return self.space.flatten(
-            per_sample_gradients(objective, objective.params, batch, vectorize=False)
-        )
-
     def check(self, batch: Batch) -> None:
         """The check of `Objective.check`, and the sum of the per-sample gradients."""
         super().check(batch)
         if self.space.device.type == "meta":
             return
         with self._differentiating():
-            if self._vectorize and not self._gradients_add_up(batch):
-                self._vectorize = False
-            if not self._vectorize and not self._gradients_add_up(batch):
-                raise ModelError(
-                    f"batch {batch.position}: the gradients of the points alone do not add up to "
-                    "the gradient of their mean loss, so that the model is not a function of one "
-                    "point at a time"
-                )
+            self._gradients.check(self.objective, batch)
 
-    def _gradients_add_up(self, batch: Batch) -> bool:
-        expected = self.space.flatten(mean_gradient(self.objective, self.objective.params, batch))
-        total, scale = torch.zeros_like(expected), torch.zeros((), device=expected.device)
-        for points in self._chunks(batch):
-            gradients = self._gradients(points)
-            total += gradients.sum(dim=0)
-            scale += gradients.norm(dim=1).sum()
-        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(self.space.dtype, 5e-2)
-        return bool((total / batch.size - expected).norm() <= tolerance * scale / batch.size)
+    def squared_gradients(self, batch: Batch) -> float:
+        r""":math:`\sum_i \lVert g_i\rVert^2` over the points of a batch."""
+        with self._differentiating():
+            chunks = self._gradients.chunks(self.objective, batch)
+            return sum(rows.double().square().sum().item() for rows in chunks)
+
+    def with_regularization(self, regularization: float) -> Self:
+        """The same operation for another λ > 0."""
+        changed = copy.copy(self)
+        changed.regularization = _checked_positive(regularization)
+        return changed
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.objective!r}, regularization={self.regularization:g})"
+
+
+def _checked_positive(regularization: object) -> float:
+    return checked_number(regularization, "regularization", minimum=0, exclusive=True)
 
 
 def _normalized(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal, Self
@@ -131,6 +133,20 @@ class ModelBatchOperation(BatchOperation):
                 f"batch {batch.position}: mode='rev-fwd'",
                 seed=batch.position,
             )
+
+    def restricted(self, names: Iterable[str]) -> Self:
+        """The same operation for some of its parameters only: a diagonal block of the matrix.
+
+        The copy of the model is shared.
+
+        Raises:
+            ParameterNameError: A name that is not in `space`, or none.
+        """
+        fewer = copy.copy(self)
+        fewer.objective = self.objective.restricted(names)
+        fewer.space = fewer.objective.space
+        fewer._stacked_gradient = StackedGradient()
+        return fewer
 
     def _move_parts(self, device: torch.device) -> None:
         self.objective = self.objective.to(device)

@@ -6,6 +6,7 @@ from hessops.functional.approximation import (
     operator_spectral_approximation,
 )
 from hessops.functional.gradients import (
+    PerSampleGradients,
     create_matrix_jacobian_product_function,
     create_per_sample_gradient_function,
     create_per_sample_mixed_derivative_function,
@@ -46,6 +47,7 @@ from hessops.functional.products import (
 __all__ = [
     "JacobianProducts",
     "LowRankProductRepresentation",
+    "PerSampleGradients",
     "StackedGradient",
     "batch_hvp_gen",
     "batch_loss_function",

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vjp
 
-from hessops.errors import ArgumentTypeError, HessopsError, ShapeError
+from hessops.errors import ArgumentTypeError, HessopsError, ModelError, ShapeError
 from hessops.functional.hvp import pull_rows
 from hessops.functional.losses import ModelFunctions, Params, space_of
 from hessops.functional.products import Stack, differentiable
 from hessops.objective import Objective
 from hessops.point_loss import Loss, Reduction, map_points
 from hessops.streaming import Batch
+
+# Memory for the per-sample gradients of one chunk of points.
+GRADIENT_BYTES = 2**28
 
 
 def per_sample_gradients(
@@ -86,6 +89,77 @@ def mean_gradient(
         name: torch.zeros_like(p) if g is None else g
         for (name, p), g in zip(leaves.items(), gradients, strict=True)
     }
+
+
+@dataclass
+class PerSampleGradients:
+    r"""The flat gradients :math:`g_i = \nabla\ell_i(\theta)` of points, some at a time.
+
+    Vectorised where torch can, and where the result adds up; one backward pass per point elsewhere.
+
+    Attributes:
+        chunk_size: Points whose gradients are held at once; ``None`` takes what fits 256 MiB.
+        vectorize: Whether several points are tried at once.
+
+    Example:
+        >>> import torch
+        >>> from hessops import Batch, Objective
+        >>> from hessops.functional import PerSampleGradients
+        >>> objective = Objective(torch.nn.Linear(3, 2), torch.nn.MSELoss())
+        >>> batch = Batch.from_raw((torch.zeros(5, 3), torch.ones(5, 2)))
+        >>> [rows.shape for rows in PerSampleGradients(chunk_size=3).chunks(objective, batch)]
+        [torch.Size([3, 8]), torch.Size([2, 8])]
+    """
+
+    chunk_size: int | None = None
+    vectorize: bool = True
+
+    def chunks(self, objective: Objective, batch: Batch) -> Iterator[Tensor]:
+        """The gradients by the parameters of the objective, as rows ``(m, P)`` of a few points."""
+        for points in self._pieces(objective, batch):
+            yield self._rows(objective, points)
+
+    def check(self, objective: Objective, batch: Batch) -> None:
+        """Compares their sum with the gradient of the batch; turns to a loop where vmap is wrong.
+
+        Raises:
+            ModelError: They do not add up either way.
+        """
+        if self.vectorize and not self._add_up(objective, batch):
+            self.vectorize = False
+        if not self.vectorize and not self._add_up(objective, batch):
+            raise ModelError(
+                f"batch {batch.position}: the gradients of the points alone do not add up to the "
+                "gradient of their mean loss, so that the model is not a function of one point at "
+                "a time"
+            )
+
+    def _pieces(self, objective: Objective, batch: Batch) -> list[Batch]:
+        gradient_bytes = objective.space.size * objective.space.dtype.itemsize
+        size = self.chunk_size or max(1, GRADIENT_BYTES // (2 * gradient_bytes))
+        starts = range(0, batch.size, size)
+        return [batch.rows(slice(s, s + size), min(size, batch.size - s)) for s in starts]
+
+    def _rows(self, objective: Objective, batch: Batch) -> Tensor:
+        flatten, params = objective.space.flatten, objective.params
+        if self.vectorize:
+            try:
+                return flatten(per_sample_gradients(objective, params, batch))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever vmap refuses, the loop below does
+                self.vectorize = False
+        return flatten(per_sample_gradients(objective, params, batch, vectorize=False))
+
+    def _add_up(self, objective: Objective, batch: Batch) -> bool:
+        space = objective.space
+        expected = space.flatten(mean_gradient(objective, objective.params, batch))
+        total, scale = torch.zeros_like(expected), torch.zeros((), device=expected.device)
+        for rows in self.chunks(objective, batch):
+            total += rows.sum(dim=0)
+            scale += rows.norm(dim=1).sum()
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(space.dtype, 5e-2)
+        return bool((total / batch.size - expected).norm() <= tolerance * scale / batch.size)
 
 
 def create_per_sample_gradient_function(
@@ -168,7 +242,7 @@ def create_per_sample_mixed_derivative_function(
         values, batch = functions.params(params), functions.batch(x, y)
         with functions.state():
             return vectorised_or_looped(
-                lambda vectorize: _mixed_derivatives(
+                lambda vectorize: mixed_derivatives(
                     functions.objective, values, batch, vectorize=vectorize
                 )
             )
@@ -176,9 +250,11 @@ def create_per_sample_mixed_derivative_function(
     return per_sample_mixed_derivative
 
 
-def _mixed_derivatives(
+def mixed_derivatives(
     objective: Objective, params: Params, batch: Batch, *, vectorize: bool
 ) -> Stack:
+    """Gradients of the points by input and parameter, ``{name: (n, *x.shape[1:], *shape)}``."""
+
     def of_point(point: Batch) -> Stack:
         def gradient_by_input(p: Params) -> Tensor:
             def loss_at(x: object) -> Tensor:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from hessops.errors import ArgumentTypeError, ParameterNameError
 from hessops.functional.hvp import require_like
+from hessops.functional.seen import SeenBatches
 from hessops.isolation import (
     is_transformed,
     isolated,
@@ -50,9 +49,7 @@ class ModelFunctions:
         self._names = {
             name: first_names[id(p)] for name, p in module.named_parameters(remove_duplicate=False)
         }
-        self._seen: MutableMapping[Tensor, list[tuple[weakref.ref[Tensor], int]]] = (
-            WeakIdKeyDictionary()
-        )
+        self._seen = SeenBatches()
 
     def params(self, params: Params) -> dict[str, Tensor]:
         """The given parameters under their first names, in the model's order.
@@ -104,19 +101,11 @@ class ModelFunctions:
             y=map_tensors(untransformed, batch.y),
         )
         leaves = list(tensor_leaves((batch.x, batch.y)))
-        if any(is_transformed(t) for t in leaves) or self._is_seen(leaves):
+        if any(is_transformed(t) for t in leaves) or self._seen.holds(batch):
             return
         with outside_transforms():
             self.check(batch.to(self.objective.device))
-        if not any(t.is_inference() for t in leaves):
-            self._seen[leaves[0]] = [(weakref.ref(t), t._version) for t in leaves]
-
-    def _is_seen(self, leaves: list[Tensor]) -> bool:
-        seen = self._seen.get(leaves[0], ())
-        return len(seen) == len(leaves) and all(
-            old() is new and version == new._version
-            for (old, version), new in zip(seen, leaves, strict=True)
-        )
+        self._seen.add(batch)
 
     def check(self, batch: Batch) -> None:
         """What is verified of a batch that was not seen before."""

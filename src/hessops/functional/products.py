@@ -205,9 +205,13 @@ class JacobianProducts:
             )
 
     def push(self, stack: Stack) -> list[Tensor]:
-        """J v: a stack of parameters to one tensor ``(k, *output.shape)`` per output."""
+        """J v: a stack of parameters to one tensor ``(k, *output.shape)`` per output.
+
+        Parameters that `stack` leaves out count as zero.
+        """
         dummies, pulled_back = self._pulled_back
-        return self._gradient_of(pulled_back, dummies, [stack[name] for name in self._leaves])
+        named = dict(zip(self._leaves, pulled_back, strict=True))
+        return self._gradient_of([named[name] for name in stack], dummies, list(stack.values()))
 
     def pull(self, weights: Sequence[Tensor]) -> Stack:
         """Jᵀ u: one tensor ``(k, *output.shape)`` per output to a stack of parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, Self
 
@@ -17,7 +18,8 @@ from hessops.batch.hessian import HessianBatchOperation
 from hessops.batch.inverse_harmonic_mean import InverseHarmonicMeanBatchOperation
 from hessops.batch.model import Mode, ModelBatchOperation
 from hessops.batch.operation import BatchOperation
-from hessops.errors import ArgumentTypeError
+from hessops.errors import ArgumentTypeError, StructureError
+from hessops.isolation import isolated
 from hessops.operators.base import TensorDictOperator
 from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
@@ -115,6 +117,17 @@ class BatchOperator(TensorDictOperator):
             yield batch
         self._is_checked = True
 
+    def check_data(self) -> None:
+        """A pass over the data that checks every batch, unless one was made before.
+
+        Raises:
+            HessopsError: See `Objective.check` and `BatchStream`.
+        """
+        if not self._is_checked:
+            with isolated(self.device):
+                for _ in self.checked_batches(self.stream):
+                    pass
+
     def refresh(self) -> Self:
         """Takes a new copy of the model as it is now, in place; returns itself.
 
@@ -123,6 +136,39 @@ class BatchOperator(TensorDictOperator):
         self.batch_operation.refresh()
         self._is_checked = False
         return self
+
+    def restricted(self, names: Iterable[str]) -> Self:
+        """The diagonal block of some of the parameters, in the order of the space.
+
+        The copy of the model, the data and what was found out about both are shared, until either
+        operator is refreshed.
+
+        Args:
+            names: Names of parameters of `space`.
+
+        Raises:
+            ParameterNameError: A name that is not in `space`, or none.
+            StructureError: The batch operation is not one of a model.
+
+        Example:
+            >>> import torch
+            >>> from hessops import HessianOperator
+            >>> model = torch.nn.Linear(2, 1)
+            >>> H = HessianOperator(model, torch.nn.MSELoss(), [(torch.eye(2), torch.zeros(2, 1))])
+            >>> H.restricted(["bias"]).to_dense()
+            tensor([[2.]])
+        """
+        operation = self.batch_operation
+        if not isinstance(operation, ModelBatchOperation):
+            raise StructureError(
+                f"{type(operation).__name__} has no restriction to some of its parameters; build "
+                "the batch operation for those"
+            )
+        fewer = copy.copy(self)
+        fewer.batch_operation = operation.restricted(names)
+        fewer._space = fewer.batch_operation.space
+        fewer._input_size = fewer._space.size
+        return fewer
 
     def _move(self, device: torch.device) -> Self:
         moved = self._copy_on(device)
@@ -336,7 +382,28 @@ class InverseHarmonicMeanOperator(BatchOperator):
     @property
     def regularization(self) -> float:
         """λ."""
+        return self._operation.regularization
+
+    @property
+    def _operation(self) -> InverseHarmonicMeanBatchOperation:
         operation = self.batch_operation
         if not isinstance(operation, InverseHarmonicMeanBatchOperation):
             raise ArgumentTypeError("the batch operation was replaced by another kind")
-        return operation.regularization
+        return operation
+
+    def with_regularization(self, regularization: float) -> Self:
+        """The same operator for another λ > 0; the copy of the model and the data are shared."""
+        changed = copy.copy(self)
+        changed.batch_operation = self._operation.with_regularization(regularization)
+        return changed
+
+    def mean_squared_gradient(self) -> float:
+        r""":math:`\frac1N \sum_i \lVert g_i\rVert^2`, the trace of the Gauss-Newton matrix.
+
+        One pass over the data.
+        """
+        total = 0.0
+        with isolated(self.device):
+            for batch in self.checked_batches(self.stream):
+                total += self._operation.squared_gradients(batch)
+        return total / (self.stream.num_points or 1)

@@ -216,6 +216,58 @@ class BlockDiagonalOperator(TensorOperator):
         return self.blocks
 
 
+class DiagonalBlock(TensorOperator):
+    """The rows and columns of an operator at some positions; a product is one with all of it.
+
+    Args:
+        operator: A.
+        positions: Positions in the flat vector, ``(p,)`` int64, in the order of the block.
+        space: The parameters that the entries of a vector of the block stand for, if they do.
+
+    Example:
+        >>> import torch
+        >>> from hessops import MatrixOperator
+        >>> from hessops.operators.diagonal import DiagonalBlock
+        >>> A = MatrixOperator(torch.arange(9.0).reshape(3, 3))
+        >>> DiagonalBlock(A, torch.tensor([0, 2])).to_dense()
+        tensor([[0., 2.],
+                [6., 8.]])
+    """
+
+    def __init__(
+        self, operator: TensorOperator, positions: Tensor, space: ParameterSpace | None = None
+    ) -> None:
+        super().__init__(
+            len(positions),
+            operator.dtype,
+            operator.device,
+            symmetric=operator.symmetric,
+            positive_semidefinite=True if operator.positive_semidefinite else None,
+            space=space,
+        )
+        self.operator, self.positions = operator, positions
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return self._within(rows, self.operator._product)
+
+    def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
+        return self._within(rows, self.operator._adjoint_product)
+
+    def _within(self, rows: Tensor, apply: _RowMap) -> Tensor:
+        whole = rows.new_zeros(len(rows), self.operator.input_size)
+        whole[:, self.positions] = rows
+        return apply(whole)[:, self.positions]
+
+    def _move(self, device: torch.device) -> Self:
+        moved = self._copy_on(device)
+        moved.operator = self.operator.to(device)
+        moved.positions = self.positions.to(device)
+        return moved
+
+    def _children(self) -> Sequence[TensorOperator]:
+        return (self.operator,)
+
+
 def all_known(flags: Sequence[bool | None]) -> bool | None:
     """``True`` if all are, ``False`` if one is false, ``None`` where that is unknown."""
     if any(flag is False for flag in flags):

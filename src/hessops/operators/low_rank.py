@@ -146,8 +146,9 @@ class LowRankOperator(DirectInverse):
         super().__init__(operator, regularization)
         self.exact = exact
         self.low_rank_representation = operator.low_rank_representation
-        self._damped = _damped_eigenvalues(self.low_rank_representation, self.regularization)
-        positive = None if self._damped.is_meta else bool((self._damped > 0).all())
+        damped = _damped_eigenvalues(self.low_rank_representation, self.regularization)
+        self.damped_eigenvalues = damped
+        positive = None if damped.is_meta else bool((damped > 0).all())
         self._positive_semidefinite = positive
 
     @property
@@ -155,12 +156,12 @@ class LowRankOperator(DirectInverse):
         """VDVᵀ + λI, or V(D + λI)Vᵀ with ``exact=False``."""
         if self.exact:
             return super().system
-        damped = replace(self.low_rank_representation, eigen_vals=self._damped)
+        damped = replace(self.low_rank_representation, eigen_vals=self.damped_eigenvalues)
         return LowRankProductOperator(damped, space=self.space)
 
     def _inverse_rows(self, rows: Tensor) -> Tensor:
         inside = self._coordinates(rows)
-        result = (inside / self._damped) @ self._basis.T
+        result = (inside / self.damped_eigenvalues) @ self._basis.T
         if self.exact:
             result = result + self._outside(rows, inside) / self.regularization
         return result
@@ -192,7 +193,7 @@ class LowRankOperator(DirectInverse):
     def _move(self, device: torch.device) -> Self:
         moved = super()._move(device)
         moved.low_rank_representation = self.low_rank_representation.to(device)
-        moved._damped = self._damped.to(device)
+        moved.damped_eigenvalues = self.damped_eigenvalues.to(device)
         return moved
 
     def _label(self) -> str:
