@@ -1,0 +1,79 @@
+"""What the constructors of influence models share: historical keywords, and a memory."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
+
+from hessops.errors import ArgumentTypeError
+
+_Constructor = TypeVar("_Constructor", bound=Callable[..., None])
+
+# Keywords under which people know the arguments, as in pyDVL.
+ALIASES: Mapping[str, str] = {
+    "hessian_regularization": "regularization",
+    "pre_conditioner": "preconditioner",
+    "rank_estimate": "rank",
+    "solve_simultaneously": "use_block_cg",
+}
+# Settings that change neither what is computed nor how.
+SILENT = ("progress", "warn_on_max_iteration", "cache")
+
+
+def recorded_constructor(constructor: _Constructor) -> _Constructor:
+    """A constructor that accepts the keywords of `ALIASES` and keeps its arguments.
+
+    They are kept in ``_arguments``, defaults included; those of the subclass where constructors
+    call each other.
+
+    Raises:
+        ArgumentTypeError: From the constructor: an argument is given under both of its names.
+    """
+    signature = inspect.signature(constructor)
+
+    @wraps(constructor)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs = _renamed(signature, (self, *args), kwargs)
+        if "_arguments" not in vars(self):
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            self._arguments = _flat(signature, bound.arguments)
+        constructor(self, *args, **kwargs)
+
+    return construct  # type: ignore[return-value]  # the same signature, by wraps
+
+
+def _renamed(
+    signature: inspect.Signature, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    by_position = list(signature.parameters)[: len(args)]
+    renamed: dict[str, object] = {}
+    for key, value in kwargs.items():
+        name = ALIASES.get(key, key)
+        if name not in signature.parameters:
+            name = key  # so that the error names what was given
+        if name in renamed or (name != key and (name in by_position or name in kwargs)):
+            raise ArgumentTypeError(
+                f"{key!r} is another name of {name!r}, which is given too: pass one of them"
+            )
+        renamed[name] = value
+    return renamed
+
+
+def _flat(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, object]:
+    """Arguments by name, without `self`, those in ``**kwargs`` among them."""
+    flat: dict[str, object] = {}
+    for name, value in list(arguments.items())[1:]:
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            flat.update(value)
+        else:
+            flat[name] = value
+    return flat
+
+
+def settings_of(arguments: Mapping[str, object]) -> dict[str, object]:
+    """The arguments that decide what is computed, but for model, loss, λ and blocks."""
+    apart = ("model", "loss", "regularization", "block_structure", *SILENT)
+    return {name: value for name, value in arguments.items() if name not in apart}

@@ -1,0 +1,352 @@
+"""GradientProvider: derivatives of the points' losses at fixed parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hessops.errors import ArgumentTypeError, DtypeError, NonFiniteProductError, ShapeError
+from hessops.functional.columns import columns_that_fit
+from hessops.functional.gradients import (
+    PerSampleGradients,
+    mixed_derivatives,
+    vectorised_or_looped,
+)
+from hessops.functional.memory import RetainedBytes
+from hessops.functional.products import (
+    JacobianProducts,
+    Stack,
+    StackedGradient,
+    differentiable,
+    gradient_by_outputs,
+)
+from hessops.functional.seen import SeenBatches
+from hessops.isolation import isolated
+from hessops.nested import differentiable_leaves, map_tensors
+from hessops.objective import Objective
+from hessops.space import ParameterSpace
+from hessops.streaming import Batch
+from hessops.validation import checked_rows
+
+
+class GradientProvider:
+    r"""Derivatives of :math:`\ell_i(\theta)`, the loss on each point alone, at the objective's θ.
+
+    Every batch is checked when it is first seen; see `Objective.check`. Flat vectors are in the
+    order of `space`. Nothing that is returned carries a graph.
+
+    Args:
+        objective: A model and a loss; see `Objective`.
+
+    Raises:
+        ArgumentTypeError: `objective` is something else.
+
+    Example:
+        >>> import torch
+        >>> from hessops import Objective
+        >>> from hessops.influence import GradientProvider
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> provider = GradientProvider(Objective(model, torch.nn.MSELoss()))
+        >>> x, y = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)
+        >>> provider.flat_grads(x, y)  # of (w x)^2: 2 w x^2
+        tensor([[ 2.],
+                [18.]])
+        >>> provider.jacobian_prod(x, y, torch.tensor([[0.5]]))
+        tensor([[1., 9.]])
+        >>> provider.mixed_jacobian_prod(x, y, torch.tensor([[0.5]])).shape
+        torch.Size([1, 2, 1])
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        if not isinstance(objective, Objective):
+            raise ArgumentTypeError(
+                f"objective must be an Objective, got {type(objective).__name__}"
+            )
+        self.objective = objective
+        self._per_sample = PerSampleGradients()
+        self._stacked_gradient = StackedGradient()
+        self._seen = SeenBatches()
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The parameters to differentiate by."""
+        return self.objective.space
+
+    def to(self, device: torch.device | str) -> GradientProvider:
+        """The same provider on another device."""
+        return GradientProvider(self.objective.to(device))
+
+    # --- batches -------------------------------------------------------------------------
+
+    def batch(self, x: object, y: object) -> Batch:
+        """Inputs and targets as a batch on the model's device, checked when it is new.
+
+        Raises:
+            HessopsError: See `Objective.check`.
+        """
+        batch = Batch.from_raw((x, y))
+        moved = batch.to(self.space.device)
+        if not self._seen.holds(batch):
+            self.check(moved)
+            self._seen.add(batch)
+        return moved
+
+    def check(self, batch: Batch) -> None:
+        """See `Objective.check`; and the gradients of the points must add up to the batch's."""
+        with isolated(self.space.device):
+            self.objective.check(batch)
+            with self.objective.differentiating("the points' gradients"):
+                self._per_sample.check(self.objective, batch)
+
+    # --- per-sample gradients ------------------------------------------------------------
+
+    def grads(self, x: object, y: object) -> Stack:
+        r""":math:`\nabla_\theta \ell_i`, ``{name: (n, *shape)}``.
+
+        Args:
+            x: Inputs of n points, as the model takes them.
+            y: Their targets.
+
+        Raises:
+            HessopsError: See `Objective.check`.
+            NonFiniteProductError: NaN or infinity in a gradient.
+        """
+        return self.space.unflatten(self.flat_grads(x, y))
+
+    def flat_grads(self, x: object, y: object) -> Tensor:
+        """As `grads`, ``(n, P)``."""
+        return self.rows(self.batch(x, y))
+
+    def rows(self, batch: Batch) -> Tensor:
+        """As `flat_grads`, of a batch that was checked."""
+        with self._state("the points' gradients"):
+            return _finite(torch.cat(list(self._per_sample.chunks(self.objective, batch))))
+
+    def mixed_grads(self, x: Tensor, y: object) -> Stack:
+        r""":math:`\nabla_x \nabla_\theta \ell_i`, ``{name: (n, *x.shape[1:], *shape)}``.
+
+        As many numbers as inputs times parameters; `mixed_jacobian_prod` needs none of them.
+
+        Raises:
+            ArgumentTypeError: `x` is not a floating-point tensor.
+            HessopsError: As of `grads`.
+        """
+        _require_floating(x)
+        batch = self.batch(x, y)
+        with self._state("the points' mixed derivatives", any_order=True):
+            mixed = vectorised_or_looped(
+                lambda vectorize: mixed_derivatives(
+                    self.objective, self.objective.params, batch, vectorize=vectorize
+                )
+            )
+            return {name: _finite(mixed[name].detach()) for name in self.space.names}
+
+    def flat_mixed_grads(self, x: Tensor, y: object) -> Tensor:
+        """As `mixed_grads`, ``(n, *x.shape[1:], P)``."""
+        mixed = self.mixed_grads(x, y)
+        lead = x.shape
+        return torch.cat([mixed[name].reshape(*lead, -1) for name in self.space.names], dim=-1)
+
+    # --- products ------------------------------------------------------------------------
+
+    def jacobian_prod(self, x: object, y: object, g: Tensor) -> Tensor:
+        r"""Entry (j, i) is :math:`\langle G_j, \nabla_\theta \ell_i\rangle`, ``(m, n)``.
+
+        Without per-sample gradients: with :math:`J_i` the Jacobian of the output of point i and
+        :math:`r_i` the gradient of its loss by that, it is :math:`\langle J_i G_j, r_i\rangle`, and
+        products with J are two backward passes.
+
+        Args:
+            x: Inputs of n points.
+            y: Their targets.
+            g: G, ``(m, P)`` of the parameters' dtype.
+
+        Raises:
+            ShapeError, DtypeError, NonFiniteError: `g` does not fit.
+            HessopsError: As of `grads`.
+        """
+        return self.products(self.batch(x, y), self._checked_factors(g))
+
+    def products(self, batch: Batch, g: Tensor) -> Tensor:
+        """As `jacobian_prod`, of what was checked."""
+        (product,) = self.block_products(batch, g, [self.space]).values()
+        return product
+
+    def block_products(
+        self, batch: Batch, g: Tensor, blocks: Iterable[ParameterSpace]
+    ) -> dict[tuple[str, ...], Tensor]:
+        """As `products`, by blocks of parameters: names of the block -> ``(m, n)``."""
+        return self._by_block(batch, g, blocks, _Scores)
+
+    def mixed_jacobian_prod(self, x: Tensor, y: object, g: Tensor) -> Tensor:
+        r"""Entry (j, i) is :math:`\nabla_x \langle G_j, \nabla_\theta \ell_i\rangle`.
+
+        One backward pass through the gradient for each row of G, for all points at once.
+
+        Args:
+            x: Inputs of n points, a floating-point tensor.
+            y: Their targets.
+            g: G, ``(m, P)`` of the parameters' dtype.
+
+        Returns:
+            ``(m, n, *x.shape[1:])``, of the dtype of x.
+
+        Raises:
+            ArgumentTypeError: `x` is not a floating-point tensor.
+            ShapeError, DtypeError, NonFiniteError: `g` does not fit.
+            HessopsError: As of `grads`.
+        """
+        _require_floating(x)
+        return self.mixed_products(self.batch(x, y), self._checked_factors(g))
+
+    def mixed_products(self, batch: Batch, g: Tensor) -> Tensor:
+        """As `mixed_jacobian_prod`, of what was checked."""
+        (product,) = self.block_mixed_products(batch, g, [self.space]).values()
+        return product
+
+    def block_mixed_products(
+        self, batch: Batch, g: Tensor, blocks: Iterable[ParameterSpace]
+    ) -> dict[tuple[str, ...], Tensor]:
+        """As `mixed_products`, by blocks of parameters: names -> ``(m, n, *x.shape[1:])``."""
+        _require_floating(batch.x)
+        return self._by_block(batch, g, blocks, _MixedScores)
+
+    def _by_block(
+        self,
+        batch: Batch,
+        g: Tensor,
+        blocks: Iterable[ParameterSpace],
+        kind: type[_Scores] | type[_MixedScores],
+    ) -> dict[tuple[str, ...], Tensor]:
+        stack = self.space.unflatten(g)
+        retained = RetainedBytes()
+        with self._state(kind.what):
+            with retained.counting():
+                scores = kind(self.objective, batch, self._stacked_gradient)
+            chunk = columns_that_fit(self.space, retained.total)
+            results = {}
+            for block in blocks:
+                part = {name: stack[name] for name in block.names}
+                pieces = [
+                    scores({name: t[start : start + chunk] for name, t in part.items()})
+                    for start in range(0, len(g), chunk)
+                ]
+                empty = scores.empty()
+                results[block.names] = _finite(torch.cat(pieces) if pieces else empty)
+            return results
+
+    def _checked_factors(self, g: Tensor) -> Tensor:
+        return checked_factors(g, self.space, "g")
+
+    @contextmanager
+    def _state(self, what: str, *, any_order: bool = False) -> Iterator[None]:
+        with (
+            isolated(self.space.device),
+            self.objective.differentiating(what, any_order=any_order),
+        ):
+            yield
+
+
+class _Scores:
+    """⟨f, ∇ℓᵢ⟩ = ⟨Jᵢ f, rᵢ⟩ for stacks of f, which may leave out parameters."""
+
+    what = "the points' gradients"
+
+    def __init__(self, objective: Objective, batch: Batch, gradient: StackedGradient) -> None:
+        leaves = differentiable(objective.params)
+        with torch.enable_grad():
+            output = objective.output(leaves, batch.x)
+        parts = differentiable_leaves(output)
+        self._jacobian = JacobianProducts(parts, leaves, gradient)
+
+        def loss_of(new: Sequence[Tensor]) -> Tensor:
+            remaining = iter(new)
+            replaced = map_tensors(
+                lambda t: next(remaining) if t.is_floating_point() else t, output
+            )
+            return objective.output_loss(replaced, batch)
+
+        by_outputs, _ = gradient_by_outputs(loss_of, parts)
+        # The mean loss has r_i / n as its gradient by output i.
+        self._rows = [batch.size * g.reshape(batch.size, -1) for g in by_outputs]
+
+    def __call__(self, stack: Stack) -> Tensor:
+        pushed = self._jacobian.push(stack)
+        terms = [
+            (p.reshape(len(p), *r.shape) * r).sum(dim=2)
+            for p, r in zip(pushed, self._rows, strict=True)
+        ]
+        return torch.stack(terms).sum(dim=0)
+
+    def empty(self) -> Tensor:
+        return self._rows[0].new_zeros(0, len(self._rows[0]))
+
+
+class _MixedScores:
+    """∇ₓ⟨f, ∇ℓᵢ⟩ for stacks of f, which may leave out parameters."""
+
+    what = "the points' mixed derivatives"
+
+    def __init__(self, objective: Objective, batch: Batch, gradient: StackedGradient) -> None:
+        assert isinstance(batch.x, Tensor)
+        leaves = differentiable(objective.params)
+        self._x = batch.x.detach().requires_grad_()
+        with torch.enable_grad():
+            output = objective.output(leaves, self._x)
+            # Row i of x has a share in the loss of point i only: one sum serves all points.
+            total = batch.size * objective.output_loss(output, batch)
+            gradients = torch.autograd.grad(
+                total, list(leaves.values()), create_graph=True, allow_unused=True
+            )
+        self._gradients = {
+            name: torch.zeros_like(leaf) if g is None else g
+            for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
+        }
+        self._gradient_of = gradient
+
+    def __call__(self, stack: Stack) -> Tensor:
+        outputs = [self._gradients[name] for name in stack]
+        (mixed,) = self._gradient_of(outputs, [self._x], list(stack.values()))
+        return mixed
+
+    def empty(self) -> Tensor:
+        return self._x.detach().new_zeros(0, *self._x.shape)
+
+
+def checked_factors(factors: object, space: ParameterSpace, name: str) -> Tensor:
+    """Flat factors ``(m, P)`` on the device of the space, also from a dictionary of stacks.
+
+    Raises:
+        ShapeError: Not a stack of vectors of the space.
+        DtypeError, NonFiniteError, ParameterNameError: As their names say.
+    """
+    if isinstance(factors, Mapping):
+        factors = space.flatten(factors)
+    if isinstance(factors, Tensor) and factors.ndim == 1:
+        raise ShapeError(
+            f"{name} has shape {tuple(factors.shape)}, expected (m, {space.size}); "
+            "one vector is unsqueeze(0)"
+        )
+    return checked_rows(factors, space.size, space.dtype, space.device, name)
+
+
+def _require_floating(x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(
+            f"x must be a floating-point tensor to be perturbed, got {type(x).__name__}"
+        )
+    if not x.is_floating_point():
+        raise DtypeError(f"x is {x.dtype}; only a floating-point input can be perturbed")
+
+
+def _finite(result: Tensor) -> Tensor:
+    if not result.isfinite().all():
+        raise NonFiniteProductError(
+            "a derivative of a point's loss is NaN or infinite; check the scale of parameters and "
+            f"data, or use a wider dtype than {result.dtype}"
+        )
+    return result

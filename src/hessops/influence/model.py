@@ -1,0 +1,688 @@
+"""InfluenceFunctionModel: what every influence model has, whatever inverts its curvature."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from hessops.batch.model import ModelBatchOperation
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NotFittedError,
+    ParameterNameError,
+    ShapeError,
+)
+from hessops.influence.arguments import recorded_constructor, settings_of
+from hessops.influence.bilinear import BilinearForm
+from hessops.influence.blocks import BlockStructure, blocks_of
+from hessops.influence.damping import (
+    BlockRegularization,
+    Damping,
+    Regularization,
+    by_block,
+    mean_eigenvalue,
+    resolved,
+)
+from hessops.influence.description import Description, describe
+from hessops.influence.gradients import GradientProvider, checked_factors
+from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode, checked_mode
+from hessops.objective import Objective
+from hessops.operators.algebra import require_compatible
+from hessops.operators.base import TensorOperator
+from hessops.operators.curvature import (
+    BatchOperator,
+    CurvatureOperator,
+    GaussNewtonOperator,
+    GeneralizedGaussNewtonOperator,
+    HessianOperator,
+)
+from hessops.operators.dense import MatrixOperator
+from hessops.operators.diagonal import BlockDiagonalOperator, DiagonalBlock
+from hessops.point_loss import Loss, Reduction
+from hessops.space import ParameterSpace
+from hessops.streaming import Batch, Unpack
+from hessops.validation import checked_rows
+
+CURVATURES: Mapping[SecondOrderMode, type[CurvatureOperator]] = {
+    SecondOrderMode.HESSIAN: HessianOperator,
+    SecondOrderMode.GAUSS_NEWTON: GaussNewtonOperator,
+    SecondOrderMode.GENERALIZED_GAUSS_NEWTON: GeneralizedGaussNewtonOperator,
+}
+
+
+@dataclass(frozen=True)
+class FittedBlock:
+    """What was fitted for one block of parameters.
+
+    Attributes:
+        space: Its parameters.
+        operator: The curvature A of the block; ``None`` after `load` where it is not needed.
+        kept: A, or what is kept of it and inverted.
+        mean_eigenvalue: tr(A)/P, where a relative damping needed it.
+        regularization: λ.
+        inverse: The operator close to (A + λI)⁻¹.
+    """
+
+    space: ParameterSpace
+    operator: TensorOperator | None
+    kept: TensorOperator
+    mean_eigenvalue: float | None
+    regularization: float
+    inverse: TensorOperator
+
+    def to(self, device: torch.device | str) -> FittedBlock:
+        """The same block on another device."""
+        return replace(
+            self,
+            space=self.space.to(device),
+            operator=None if self.operator is None else self.operator.to(device),
+            kept=self.kept.to(device),
+            inverse=self.inverse.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """What `InfluenceFunctionModel.fit` found.
+
+    Attributes:
+        provider: The gradients of points at the parameters of the fit.
+        blocks: What was fitted, by block.
+        num_points: Number of training points.
+        data_fingerprint: A hash of them that does not depend on their order.
+    """
+
+    provider: GradientProvider
+    blocks: Mapping[str, FittedBlock]
+    num_points: int | None
+    data_fingerprint: str | None
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The covered parameters."""
+        return self.provider.space
+
+    def positions(self) -> dict[str, Tensor]:
+        """Where the parameters of each block are in the flat vector."""
+        return {name: self.space.indices(b.space.names) for name, b in self.blocks.items()}
+
+    def joint_inverse(self) -> TensorOperator:
+        """The inverses of the blocks as one operator on the flat vector."""
+        inverses = [block.inverse for block in self.blocks.values()]
+        if len(inverses) == 1:
+            return inverses[0]
+        return BlockDiagonalOperator._at(inverses, list(self.positions().values()), self.space)
+
+    def to(self, device: torch.device | str) -> FittedModel:
+        """The same on another device."""
+        return replace(
+            self,
+            provider=self.provider.to(device),
+            blocks={name: block.to(device) for name, block in self.blocks.items()},
+        )
+
+
+class InfluenceFunctionModel(ABC):
+    r"""Influences of training points on the losses of other points.
+
+    With :math:`g(z) = \nabla_\theta \ell(z; \theta)` and A the curvature of the mean training loss
+    :math:`\frac1N \sum_i \ell_i`, the influence of a training point z on a test point z' is
+
+    .. math:: \mathcal I(z', z) = \langle g(z'), (A + \lambda I)^{-1} g(z)\rangle
+
+    in mode UP. Leaving z out of the training set moves the trained parameters by about
+    :math:`\frac1N (A + \lambda I)^{-1} g(z)` and so the loss on z' by :math:`+\frac1N \mathcal I`:
+    a positive influence is one of a helpful point, a negative one of a harmful one (Koh & Liang
+    2017, whose :math:`\mathcal I_{\mathrm{up,loss}}` has the opposite sign). In mode PERTURBATION
+    it is :math:`\nabla_x \mathcal I(z', (x, y))`, of the shape of x: moving the input of z by δ
+    changes the loss on z' by about :math:`-\frac1N \langle \nabla_x \mathcal I, \delta\rangle`.
+
+    Abstract: a subclass defines ``_invert(operator, regularization)``, from the curvature A of a
+    block and its λ to an operator close to :math:`(A + \lambda I)^{-1}`. It may also define
+    ``_approximate(operator)``, what of A is kept after `fit`, and ``_curvature(dataloader)``.
+
+    Args:
+        model: A module. `fit` works on a copy of it; see `Objective` for what is required.
+        loss: ``loss(output, target)``.
+        regularization: λ >= 0, or a `Damping` relative to each block; or one for each block, as a
+            mapping by block name or a sequence in the order of the blocks. ``None`` is 0.
+        block_structure: Which parameters interact: a `BlockMode` or its name, or a mapping from
+            block names to lists of parameter names. Its order means nothing.
+        second_order_mode: The curvature A: a `SecondOrderMode` or its name.
+        reduction: What `loss` returns: ``"mean"``, ``"sum"`` or ``"none"``; see `Objective`.
+        unpack: Function from a raw batch of a loader to ``(x, y)``; ``None`` expects pairs.
+        cache: What of the training data may be kept on the device; see `BatchStream`.
+        generator: Draws what is random; without one, `torch.manual_seed` decides.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: An argument that is something else.
+        ParameterNameError: A block with an unknown or frozen parameter, one in two blocks, or an
+            empty block; a `regularization` for other blocks.
+        HessopsError: The model is unsuitable; see `ParameterSpace.from_model`.
+
+    Example:
+        A new model is the choice of an inverse:
+
+        >>> import torch
+        >>> from hessops import MinresOperator
+        >>> from hessops.influence import InfluenceFunctionModel
+        >>> class MinresInfluence(InfluenceFunctionModel):
+        ...     def _invert(self, operator, regularization):
+        ...         return MinresOperator(operator, regularization)
+        >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.ones(3, 1)
+        >>> influence = MinresInfluence(torch.nn.Linear(1, 1), torch.nn.MSELoss(), 0.01)
+        >>> influence.fit([(x, y)]).influences(x[:1], y[:1], x, y).shape
+        torch.Size([1, 3])
+    """
+
+    # Whether what `fit` finds needs the training data again, and not just what it kept of them.
+    needs_data: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Lets every constructor accept the historical keywords, and remember its arguments."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = recorded_constructor(cls.__init__)  # type: ignore[method-assign]  # same signature
+
+    @recorded_constructor
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        regularization: Regularization = None,
+        block_structure: BlockStructure = BlockMode.FULL,
+        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
+        *,
+        reduction: Reduction = "mean",
+        unpack: Unpack | None = None,
+        cache: str | bool | int = "auto",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.model, self.loss = model, loss
+        self._space, self._blocks = blocks_of(model, block_structure)
+        self._dampings = by_block(regularization, list(self._blocks))
+        self.second_order_mode = checked_mode(
+            second_order_mode, SecondOrderMode, "second_order_mode"
+        )
+        self.reduction: Reduction = reduction
+        self.unpack = unpack
+        self.cache = cache
+        self.generator = generator
+        self._fit: FittedModel | None = None
+
+    # --- what a subclass defines ---------------------------------------------------------
+
+    @abstractmethod
+    def _invert(self, operator: TensorOperator, regularization: float) -> TensorOperator:
+        """The hook: an operator close to (A + λI)⁻¹, for A what `_approximate` kept of a block."""
+
+    def _reinvert(
+        self, inverse: TensorOperator, operator: TensorOperator, regularization: float
+    ) -> TensorOperator:
+        """The hook for `with_regularization`: as `_invert`, given the inverse for another λ."""
+        return self._invert(operator, regularization)
+
+    def _approximate(self, operator: TensorOperator) -> TensorOperator:
+        """The hook for what is kept of the curvature of a block: all of it."""
+        return operator
+
+    def _curvature(self, dataloader: Iterable[object]) -> TensorOperator:
+        """The hook for A on the covered parameters, in their order."""
+        return CURVATURES[self.second_order_mode](
+            self.model,
+            self.loss,
+            dataloader,
+            self._space.names,
+            reduction=self.reduction,
+            cache=self.cache,
+            unpack=self.unpack,
+        )
+
+    def _split(self, operator: TensorOperator) -> dict[str, TensorOperator]:
+        """The hook for the diagonal blocks of A, by block."""
+        if len(self._blocks) == 1:
+            return dict.fromkeys(self._blocks, operator)
+        if isinstance(operator, BatchOperator) and isinstance(
+            operator.batch_operation, ModelBatchOperation
+        ):
+            return {name: operator.restricted(b.names) for name, b in self._blocks.items()}
+        return {
+            name: DiagonalBlock(operator, self._space.indices(block.names), block)
+            for name, block in self._blocks.items()
+        }
+
+    def _mean_eigenvalue(self, operator: TensorOperator) -> float:
+        """The hook for the scale of a relative damping."""
+        return mean_eigenvalue(operator, self.generator)
+
+    # --- fitting -------------------------------------------------------------------------
+
+    def fit(self, dataloader: Iterable[object]) -> Self:
+        """Takes a copy of the model as it is now, checks the training data, and fits the inverses.
+
+        Args:
+            dataloader: The training data: a ``DataLoader``, list of batches or other iterable that
+                can be iterated again.
+
+        Returns:
+            Itself. Where an error is raised, an earlier fit stays as it was.
+
+        Raises:
+            HessopsError: See `Objective` for the model and the loss, `BatchStream` for the data,
+                and the operator that inverts.
+        """
+        self._fit = self._fitted_on(dataloader)
+        return self
+
+    def _fitted_on(
+        self, dataloader: Iterable[object], known: Mapping[str, float] | None = None
+    ) -> FittedModel:
+        """What `fit` finds; `known` are mean eigenvalues that need not be estimated."""
+        operator = self._curvature(dataloader)
+        num_points = fingerprint = None
+        if isinstance(operator, BatchOperator):
+            operator.check_data()
+            num_points, fingerprint = operator.stream.num_points, operator.stream.fingerprint
+        provider = GradientProvider(self._objective_of(operator))
+        blocks = {
+            name: self._fitted_block(name, block, (known or {}).get(name))
+            for name, block in self._split(operator).items()
+        }
+        return FittedModel(provider, blocks, num_points, fingerprint)
+
+    def _objective_of(self, operator: TensorOperator) -> Objective:
+        if isinstance(operator, BatchOperator) and isinstance(
+            operator.batch_operation, ModelBatchOperation
+        ):
+            return operator.batch_operation.objective
+        return Objective(self.model, self.loss, self._space.names, reduction=self.reduction)
+
+    def _fitted_block(
+        self, name: str, operator: TensorOperator, known_mean: float | None
+    ) -> FittedBlock:
+        kept = self._approximate(operator)
+        return self._damped(name, operator, kept, known_mean, None)
+
+    def _damped(
+        self,
+        name: str,
+        operator: TensorOperator | None,
+        kept: TensorOperator,
+        mean: float | None,
+        previous: TensorOperator | None,
+    ) -> FittedBlock:
+        """The inverse of a block for the λ that is asked for, from the one for another λ if any."""
+        damping = self._dampings[name]
+        if mean is None and isinstance(damping, Damping):
+            mean = self._scale(name, operator, kept)
+        regularization = resolved(damping, mean, name)
+        inverse = (
+            self._invert(kept, regularization)
+            if previous is None
+            else self._reinvert(previous, kept, regularization)
+        )
+        return FittedBlock(
+            space=self._blocks[name].to(kept.device),
+            operator=operator,
+            kept=kept,
+            mean_eigenvalue=mean,
+            regularization=regularization,
+            inverse=_checked_inverse(inverse, kept),
+        )
+
+    def _scale(self, name: str, operator: TensorOperator | None, kept: TensorOperator) -> float:
+        if isinstance(kept, MatrixOperator):
+            return self._mean_eigenvalue(kept)
+        if operator is None:
+            raise ArgumentError(
+                f"the mean eigenvalue of block {name!r} is not in the file it was loaded from: "
+                "pass an absolute regularization, or fit"
+            )
+        return self._mean_eigenvalue(operator)
+
+    def with_regularization(self, regularization: Regularization) -> Self:
+        """The same model for another λ, fitted if this one is, without another fit.
+
+        Raises:
+            HessopsError: As of the constructor, and of the operator that inverts.
+        """
+        changed = copy.copy(self)
+        changed._arguments = {**self._arguments, "regularization": regularization}
+        changed._dampings = by_block(regularization, list(self._blocks))
+        if self._fit is not None:
+            blocks = {
+                name: changed._damped(
+                    name, block.operator, block.kept, block.mean_eigenvalue, block.inverse
+                )
+                for name, block in self._fit.blocks.items()
+            }
+            changed._fit = replace(self._fit, blocks=blocks)
+        return changed
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same fitted model on another device; the user's model stays where it is."""
+        moved = copy.copy(self)
+        moved._fit = None if self._fit is None else self._fit.to(device)
+        return moved
+
+    # --- what was fitted -----------------------------------------------------------------
+
+    @property
+    def fitted(self) -> FittedModel:
+        """What `fit` found.
+
+        Raises:
+            NotFittedError: Before `fit`.
+        """
+        if self._fit is None:
+            raise NotFittedError(
+                f"{type(self).__name__} is not fitted yet: call fit(train_loader) first"
+            )
+        return self._fit
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `fit` or `load` has run."""
+        return self._fit is not None
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The parameters that the blocks cover, in the model's order."""
+        return self._space if self._fit is None else self._fit.space
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The names of the blocks."""
+        return tuple(self._blocks)
+
+    @property
+    def fitted_regularization(self) -> dict[str, float]:
+        """λ by block."""
+        return {name: block.regularization for name, block in self.fitted.blocks.items()}
+
+    @property
+    def inverses(self) -> dict[str, TensorOperator]:
+        """The operator close to (A + λI)⁻¹, by block; a solver's `solve` tells how well it did."""
+        return {name: block.inverse for name, block in self.fitted.blocks.items()}
+
+    @property
+    def inverse(self) -> TensorOperator:
+        """All of them as one operator on the flat vector of the covered parameters."""
+        return self.fitted.joint_inverse()
+
+    @property
+    def gradient_provider(self) -> GradientProvider:
+        """The gradients of points at the parameters of the fit."""
+        return self.fitted.provider
+
+    # --- factors -------------------------------------------------------------------------
+
+    def influence_factors(self, x: object, y: object) -> Tensor:
+        r"""The factors :math:`(A + \lambda I)^{-1} g_i` of n points.
+
+        Args:
+            x: Inputs of n points, as the model takes them.
+            y: Their targets.
+
+        Returns:
+            ``(n, P)`` of the parameters' dtype, in the flat order of `space`.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            SolverError: A solve ended without an answer; see `InverseOperator`.
+            HessopsError: The points do not fit; see `Objective.check`.
+
+        Warns:
+            ConvergenceWarning: A solve stopped short of its tolerance.
+        """
+        provider = self.fitted.provider
+        return self.factors_of(provider.batch(x, y))
+
+    def factors_of(self, batch: Batch) -> Tensor:
+        """As `influence_factors`, of a batch that was checked."""
+        return self.inverse.apply(self.fitted.provider.rows(batch))
+
+    def influence_factors_by_block(self, x: object, y: object) -> dict[str, Tensor]:
+        """As `influence_factors`, block name -> ``(n, P_block)`` in the order of the block."""
+        fitted = self.fitted
+        rows = fitted.provider.rows(fitted.provider.batch(x, y))
+        return {
+            name: fitted.blocks[name].inverse.apply(rows[:, where])
+            for name, where in fitted.positions().items()
+        }
+
+    # --- influences ----------------------------------------------------------------------
+
+    def influences_from_factors(
+        self,
+        factors: Tensor | Mapping[str, Tensor],
+        x: object,
+        y: object,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> Tensor:
+        """The influences of n training points, from the factors of m test points.
+
+        Args:
+            factors: ``(m, P)`` from `influence_factors`, or a dictionary ``{name: (m, *shape)}``.
+            x: Inputs of n training points; for PERTURBATION a floating-point tensor.
+            y: Their targets.
+            mode: An `InfluenceMode` or its name.
+
+        Returns:
+            ``(m, n)`` for UP, ``(m, n, *x.shape[1:])`` for PERTURBATION.
+
+        Raises:
+            ArgumentError: An unknown `mode`.
+            ShapeError, DtypeError, NonFiniteError: `factors` do not fit.
+            HessopsError: As of `influence_factors`.
+        """
+        mode = checked_mode(mode, InfluenceMode, "mode")
+        provider = self.fitted.provider
+        flat = checked_factors(factors, provider.space, "factors")
+        return self.scores_of(flat, provider.batch(x, y), mode)
+
+    def scores_of(self, factors: Tensor, batch: Batch, mode: InfluenceMode) -> Tensor:
+        """As `influences_from_factors`, of what was checked."""
+        provider = self.fitted.provider
+        if mode is InfluenceMode.UP:
+            return provider.products(batch, factors)
+        return provider.mixed_products(batch, factors)
+
+    def influences(
+        self,
+        x_test: object,
+        y_test: object,
+        x: object = None,
+        y: object = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> Tensor:
+        """The influences of n training points on m test points.
+
+        Args:
+            x_test: Inputs of m test points.
+            y_test: Their targets.
+            x: Inputs of n training points; ``None`` takes the test points for both.
+            y: Their targets.
+            mode: An `InfluenceMode` or its name.
+
+        Returns:
+            ``(m, n)`` for UP, ``(m, n, *x.shape[1:])`` for PERTURBATION.
+
+        Raises:
+            HessopsError: As of `influence_factors` and `influences_from_factors`.
+        """
+        mode = checked_mode(mode, InfluenceMode, "mode")
+        provider = self.fitted.provider
+        test, train = self._pair(x_test, y_test, x, y)
+        form = BilinearForm.of(self.inverse)
+        if mode is InfluenceMode.UP:
+            return form.grads_inner_prod(test, None if train is test else train, provider)
+        return form.mixed_grads_inner_prod(test, train, provider)
+
+    def self_influence(self, x: object, y: object) -> Tensor:
+        """The influence of each point on itself, ``(n,)``: the diagonal of `influences`.
+
+        Raises:
+            HessopsError: As of `influence_factors`.
+        """
+        provider = self.fitted.provider
+        rows = provider.rows(provider.batch(x, y))
+        return (self.inverse.apply(rows) * rows).sum(dim=1)
+
+    def influences_from_factors_by_block(
+        self,
+        factors: Mapping[str, Tensor] | Tensor,
+        x: object,
+        y: object,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> dict[str, Tensor]:
+        """As `influences_from_factors`, by block; the sum over blocks is what that returns.
+
+        Args:
+            factors: From `influence_factors_by_block`, or ``(m, P)`` from `influence_factors`.
+            x: Inputs of n training points.
+            y: Their targets.
+            mode: An `InfluenceMode` or its name.
+        """
+        mode = checked_mode(mode, InfluenceMode, "mode")
+        provider = self.fitted.provider
+        return self._block_scores(self._joined(factors), provider.batch(x, y), mode)
+
+    def _block_scores(
+        self, factors: Tensor, batch: Batch, mode: InfluenceMode
+    ) -> dict[str, Tensor]:
+        fitted = self.fitted
+        spaces = {name: block.space for name, block in fitted.blocks.items()}
+        products = (
+            fitted.provider.block_products
+            if mode is InfluenceMode.UP
+            else fitted.provider.block_mixed_products
+        )
+        by_names = products(batch, factors, spaces.values())
+        return {name: by_names[space.names] for name, space in spaces.items()}
+
+    def _joined(self, factors: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """Factors by block as flat ones."""
+        fitted = self.fitted
+        if not isinstance(factors, Mapping):
+            return checked_factors(factors, fitted.space, "factors")
+        if set(factors) != set(fitted.blocks):
+            raise ParameterNameError(
+                f"factors has the blocks {list(factors)}, the model {list(fitted.blocks)}"
+            )
+        rows = {
+            name: checked_rows(
+                factors[name], space.size, space.dtype, space.device, f"factors[{name!r}]"
+            )
+            for name, space in ((n, b.space) for n, b in fitted.blocks.items())
+        }
+        counts = {name: len(part) for name, part in rows.items()}
+        if len(set(counts.values())) > 1:
+            raise ShapeError(f"factors has blocks of different numbers of points, {counts}")
+        space = fitted.space
+        flat = torch.zeros(
+            next(iter(counts.values())), space.size, dtype=space.dtype, device=space.device
+        )
+        for name, where in fitted.positions().items():
+            flat[:, where] = rows[name]
+        return flat
+
+    def influences_by_block(
+        self,
+        x_test: object,
+        y_test: object,
+        x: object = None,
+        y: object = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> dict[str, Tensor]:
+        """As `influences`, by block; the sum over blocks is what that returns."""
+        mode = checked_mode(mode, InfluenceMode, "mode")
+        test, train = self._pair(x_test, y_test, x, y)
+        return self._block_scores(self.factors_of(test), train, mode)
+
+    def self_influence_by_block(self, x: object, y: object) -> dict[str, Tensor]:
+        """As `self_influence`, by block; the sum over blocks is what that returns."""
+        fitted = self.fitted
+        rows = fitted.provider.rows(fitted.provider.batch(x, y))
+        return {
+            name: (fitted.blocks[name].inverse.apply(part) * part).sum(dim=1)
+            for name, part in ((n, rows[:, where]) for n, where in fitted.positions().items())
+        }
+
+    def explore_regularization(
+        self, x: object, y: object, values: Iterable[BlockRegularization]
+    ) -> dict[BlockRegularization, dict[str, Tensor]]:
+        """The influences of some points on each other for several λ, by block, without refitting.
+
+        Args:
+            x: Inputs of n points.
+            y: Their targets.
+            values: Regularizations, numbers or `Damping`.
+
+        Returns:
+            value -> block name -> ``(n, n)``.
+
+        Raises:
+            HessopsError: As of `with_regularization` and `influence_factors`.
+        """
+        fitted = self.fitted
+        rows = fitted.provider.rows(fitted.provider.batch(x, y))
+        parts = {name: rows[:, where] for name, where in fitted.positions().items()}
+        results = {}
+        for value in values:
+            inverses = self.with_regularization(value).inverses
+            results[value] = {
+                name: inverses[name].apply(part) @ part.T for name, part in parts.items()
+            }
+        return results
+
+    def _pair(self, x_test: object, y_test: object, x: object, y: object) -> tuple[Batch, Batch]:
+        provider = self.fitted.provider
+        if x is None and y is not None:
+            raise ArgumentError("y is given without x: pass the training points as x and y")
+        test = provider.batch(x_test, y_test)
+        return test, test if x is None else provider.batch(x, y)
+
+    # --- what it is ----------------------------------------------------------------------
+
+    def configuration(self) -> dict[str, Description]:
+        """The settings, in values that JSON has; equal for models that compute the same."""
+        blocks = sorted(self._blocks.items())
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "blocks": {name: list(block.names) for name, block in blocks},
+            "regularization": {name: describe(self._dampings[name]) for name, _ in blocks},
+            "settings": describe(settings_of(self._arguments)),
+            "loss": describe(self.loss),
+        }
+
+    def __repr__(self) -> str:
+        loss = getattr(self.loss, "__name__", type(self.loss).__name__)
+        settings = "".join(f", {k}={v!r}" for k, v in settings_of(self._arguments).items())
+        head = f"{type(self).__name__}({type(self.model).__name__}, {loss}{settings})"
+        if self._fit is None:
+            return f"{head}, not fitted"
+        points = "" if self._fit.num_points is None else f" on {self._fit.num_points} points"
+        lines = [f"{head}, fitted{points}"]
+        for name, block in self._fit.blocks.items():
+            lines.append(f"   block {name!r}: {block.inverse._label()} of {block.space.size}")
+        return "\n".join(lines)
+
+    _arguments: Mapping[str, object]
+
+
+def _checked_inverse(inverse: object, operator: TensorOperator) -> TensorOperator:
+    if not isinstance(inverse, TensorOperator):
+        raise ArgumentTypeError(
+            f"an inverse must be a TensorOperator, got {type(inverse).__name__}; see "
+            "InfluenceFunctionModel._invert"
+        )
+    require_compatible(operator, inverse, "inverted by")
+    return inverse
