@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,14 +125,41 @@ class PerSampleGradients:
         Raises:
             ModelError: They do not add up either way.
         """
-        if self.vectorize and not self._add_up(objective, batch):
+        self._require_sum(objective, batch, lambda: self.chunks(objective, batch))
+
+    def verified(self, objective: Objective, batch: Batch) -> Tensor:
+        """All of them, ``(n, P)``, after that comparison.
+
+        Raises:
+            ModelError: As of `check`.
+        """
+        return self._require_sum(
+            objective, batch, lambda: [torch.cat(list(self.chunks(objective, batch)))]
+        )[0]
+
+    def _require_sum(
+        self, objective: Objective, batch: Batch, compute: Callable[[], Iterable[Tensor]]
+    ) -> list[Tensor]:
+        space = objective.space
+        expected = space.flatten(mean_gradient(objective, objective.params, batch))
+        for _ in range(2):
+            was_vectorized, kept = self.vectorize, []
+            total, scale = torch.zeros_like(expected), torch.zeros((), device=expected.device)
+            for rows in compute():
+                total += rows.sum(dim=0)
+                scale += rows.norm(dim=1).sum()
+                kept = [rows]
+            tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(space.dtype, 5e-2)
+            if (total / batch.size - expected).norm() <= tolerance * scale / batch.size:
+                return kept
+            if not was_vectorized:
+                break
             self.vectorize = False
-        if not self.vectorize and not self._add_up(objective, batch):
-            raise ModelError(
-                f"batch {batch.position}: the gradients of the points alone do not add up to the "
-                "gradient of their mean loss, so that the model is not a function of one point at "
-                "a time"
-            )
+        raise ModelError(
+            f"batch {batch.position}: the gradients of the points alone do not add up to the "
+            "gradient of their mean loss, so that the model is not a function of one point at "
+            "a time"
+        )
 
     def _pieces(self, objective: Objective, batch: Batch) -> list[Batch]:
         gradient_bytes = objective.space.size * objective.space.dtype.itemsize
@@ -150,16 +177,6 @@ class PerSampleGradients:
             except Exception:  # whatever vmap refuses, the loop below does
                 self.vectorize = False
         return flatten(per_sample_gradients(objective, params, batch, vectorize=False))
-
-    def _add_up(self, objective: Objective, batch: Batch) -> bool:
-        space = objective.space
-        expected = space.flatten(mean_gradient(objective, objective.params, batch))
-        total, scale = torch.zeros_like(expected), torch.zeros((), device=expected.device)
-        for rows in self.chunks(objective, batch):
-            total += rows.sum(dim=0)
-            scale += rows.norm(dim=1).sum()
-        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(space.dtype, 5e-2)
-        return bool((total / batch.size - expected).norm() <= tolerance * scale / batch.size)
 
 
 def create_per_sample_gradient_function(

@@ -1,8 +1,12 @@
 """Influence functions: from a trained model to attribution scores."""
 
 from hessops.influence.bilinear import BilinearForm, LowRankBilinearForm
+from hessops.influence.calculators import SequentialInfluenceCalculator
 from hessops.influence.damping import Damping
+from hessops.influence.fitted import FittedBlock, FittedModel
 from hessops.influence.gradients import GradientProvider
+from hessops.influence.lazy import InfluenceChunk, LazyFactors, LazyInfluences, TopInfluences
+from hessops.influence.memory import MemoryEstimate
 from hessops.influence.model import InfluenceFunctionModel
 from hessops.influence.models import (
     ArnoldiInfluence,
@@ -22,13 +26,21 @@ __all__ = [
     "CgInfluence",
     "Damping",
     "DirectInfluence",
+    "FittedBlock",
+    "FittedModel",
     "GradientProvider",
     "Influence",
+    "InfluenceChunk",
     "InfluenceFunctionModel",
     "InfluenceMode",
     "InverseHarmonicMeanInfluence",
+    "LazyFactors",
+    "LazyInfluences",
     "LissaInfluence",
     "LowRankBilinearForm",
+    "MemoryEstimate",
     "NystroemSketchInfluence",
     "SecondOrderMode",
+    "SequentialInfluenceCalculator",
+    "TopInfluences",
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hessops.nested import named_tensor_leaves
+from hessops.objective import Objective
 from hessops.streaming import Batch
 
 Description: TypeAlias = (
@@ -56,6 +57,18 @@ def digest_of_state(module: nn.Module) -> str:
     ).hexdigest()
 
 
+def digest_of_objective(objective: Objective) -> str:
+    """A hash of the parameters and buffers of an objective's copy of its model."""
+    return digest_of_state(objective.model)
+
+
+def digest_of_generator(generator: torch.Generator | None) -> str:
+    """A hash of the state that random numbers will be drawn from."""
+    if generator is None:
+        return f"seed {torch.initial_seed()}"
+    return digest_of_tensors({"state": generator.get_state()})
+
+
 def digest_of_description(description: Description) -> str:
     """A hash of what `describe` returns."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
@@ -90,7 +103,7 @@ def describe(value: object, depth: int = MAX_DEPTH) -> Description:
     if isinstance(value, (torch.dtype, torch.device, torch.Size)):
         return str(value)
     if isinstance(value, torch.Generator):
-        return {"seed": value.initial_seed()}
+        return f"seed {value.initial_seed()}"
     if depth == 0:
         return _qualified(type(value))
     return _composed(value, depth - 1)

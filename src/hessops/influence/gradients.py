@@ -96,11 +96,9 @@ class GradientProvider:
         return moved
 
     def check(self, batch: Batch) -> None:
-        """See `Objective.check`; and the gradients of the points must add up to the batch's."""
+        """See `Objective.check`."""
         with isolated(self.space.device):
             self.objective.check(batch)
-            with self.objective.differentiating("the points' gradients"):
-                self._per_sample.check(self.objective, batch)
 
     # --- per-sample gradients ------------------------------------------------------------
 
@@ -122,9 +120,13 @@ class GradientProvider:
         return self.rows(self.batch(x, y))
 
     def rows(self, batch: Batch) -> Tensor:
-        """As `flat_grads`, of a batch that was checked."""
+        """As `flat_grads`, of a batch that was checked.
+
+        Raises:
+            ModelError: The gradients do not add up to that of the batch.
+        """
         with self._state("the points' gradients"):
-            return _finite(torch.cat(list(self._per_sample.chunks(self.objective, batch))))
+            return _finite(self._per_sample.verified(self.objective, batch))
 
     def mixed_grads(self, x: Tensor, y: object) -> Stack:
         r""":math:`\nabla_x \nabla_\theta \ell_i`, ``{name: (n, *x.shape[1:], *shape)}``.
@@ -135,7 +137,7 @@ class GradientProvider:
             ArgumentTypeError: `x` is not a floating-point tensor.
             HessopsError: As of `grads`.
         """
-        _require_floating(x)
+        require_floating(x)
         batch = self.batch(x, y)
         with self._state("the points' mixed derivatives", any_order=True):
             mixed = vectorised_or_looped(
@@ -200,7 +202,7 @@ class GradientProvider:
             ShapeError, DtypeError, NonFiniteError: `g` does not fit.
             HessopsError: As of `grads`.
         """
-        _require_floating(x)
+        require_floating(x)
         return self.mixed_products(self.batch(x, y), self._checked_factors(g))
 
     def mixed_products(self, batch: Batch, g: Tensor) -> Tensor:
@@ -212,7 +214,6 @@ class GradientProvider:
         self, batch: Batch, g: Tensor, blocks: Iterable[ParameterSpace]
     ) -> dict[tuple[str, ...], Tensor]:
         """As `mixed_products`, by blocks of parameters: names -> ``(m, n, *x.shape[1:])``."""
-        _require_floating(batch.x)
         return self._by_block(batch, g, blocks, _MixedScores)
 
     def _by_block(
@@ -292,9 +293,8 @@ class _MixedScores:
     what = "the points' mixed derivatives"
 
     def __init__(self, objective: Objective, batch: Batch, gradient: StackedGradient) -> None:
-        assert isinstance(batch.x, Tensor)
         leaves = differentiable(objective.params)
-        self._x = batch.x.detach().requires_grad_()
+        self._x = require_floating(batch.x).detach().requires_grad_()
         with torch.enable_grad():
             output = objective.output(leaves, self._x)
             # Row i of x has a share in the loss of point i only: one sum serves all points.
@@ -334,13 +334,20 @@ def checked_factors(factors: object, space: ParameterSpace, name: str) -> Tensor
     return checked_rows(factors, space.size, space.dtype, space.device, name)
 
 
-def _require_floating(x: object) -> None:
+def require_floating(x: object) -> Tensor:
+    """An input that can be perturbed.
+
+    Raises:
+        ArgumentTypeError: Not a tensor.
+        DtypeError: Not real floating point.
+    """
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(
             f"x must be a floating-point tensor to be perturbed, got {type(x).__name__}"
         )
     if not x.is_floating_point():
         raise DtypeError(f"x is {x.dtype}; only a floating-point input can be perturbed")
+    return x
 
 
 def _finite(result: Tensor) -> Tensor:

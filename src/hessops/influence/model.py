@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
@@ -30,9 +31,11 @@ from hessops.influence.damping import (
     mean_eigenvalue,
     resolved,
 )
-from hessops.influence.description import Description, describe
+from hessops.influence.description import Description, describe, digest_of_generator
+from hessops.influence.fitted import FittedBlock, FittedModel
 from hessops.influence.gradients import GradientProvider, checked_factors
 from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode, checked_mode
+from hessops.influence.persistence import SavedFit, load_fit, save_fit
 from hessops.objective import Objective
 from hessops.operators.algebra import require_compatible
 from hessops.operators.base import TensorOperator
@@ -44,7 +47,7 @@ from hessops.operators.curvature import (
     HessianOperator,
 )
 from hessops.operators.dense import MatrixOperator
-from hessops.operators.diagonal import BlockDiagonalOperator, DiagonalBlock
+from hessops.operators.diagonal import DiagonalBlock
 from hessops.point_loss import Loss, Reduction
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch, Unpack
@@ -55,78 +58,6 @@ CURVATURES: Mapping[SecondOrderMode, type[CurvatureOperator]] = {
     SecondOrderMode.GAUSS_NEWTON: GaussNewtonOperator,
     SecondOrderMode.GENERALIZED_GAUSS_NEWTON: GeneralizedGaussNewtonOperator,
 }
-
-
-@dataclass(frozen=True)
-class FittedBlock:
-    """What was fitted for one block of parameters.
-
-    Attributes:
-        space: Its parameters.
-        operator: The curvature A of the block; ``None`` after `load` where it is not needed.
-        kept: A, or what is kept of it and inverted.
-        mean_eigenvalue: tr(A)/P, where a relative damping needed it.
-        regularization: λ.
-        inverse: The operator close to (A + λI)⁻¹.
-    """
-
-    space: ParameterSpace
-    operator: TensorOperator | None
-    kept: TensorOperator
-    mean_eigenvalue: float | None
-    regularization: float
-    inverse: TensorOperator
-
-    def to(self, device: torch.device | str) -> FittedBlock:
-        """The same block on another device."""
-        return replace(
-            self,
-            space=self.space.to(device),
-            operator=None if self.operator is None else self.operator.to(device),
-            kept=self.kept.to(device),
-            inverse=self.inverse.to(device),
-        )
-
-
-@dataclass(frozen=True)
-class FittedModel:
-    """What `InfluenceFunctionModel.fit` found.
-
-    Attributes:
-        provider: The gradients of points at the parameters of the fit.
-        blocks: What was fitted, by block.
-        num_points: Number of training points.
-        data_fingerprint: A hash of them that does not depend on their order.
-    """
-
-    provider: GradientProvider
-    blocks: Mapping[str, FittedBlock]
-    num_points: int | None
-    data_fingerprint: str | None
-
-    @property
-    def space(self) -> ParameterSpace:
-        """The covered parameters."""
-        return self.provider.space
-
-    def positions(self) -> dict[str, Tensor]:
-        """Where the parameters of each block are in the flat vector."""
-        return {name: self.space.indices(b.space.names) for name, b in self.blocks.items()}
-
-    def joint_inverse(self) -> TensorOperator:
-        """The inverses of the blocks as one operator on the flat vector."""
-        inverses = [block.inverse for block in self.blocks.values()]
-        if len(inverses) == 1:
-            return inverses[0]
-        return BlockDiagonalOperator._at(inverses, list(self.positions().values()), self.space)
-
-    def to(self, device: torch.device | str) -> FittedModel:
-        """The same on another device."""
-        return replace(
-            self,
-            provider=self.provider.to(device),
-            blocks={name: block.to(device) for name, block in self.blocks.items()},
-        )
 
 
 class InfluenceFunctionModel(ABC):
@@ -285,6 +216,7 @@ class InfluenceFunctionModel(ABC):
         self, dataloader: Iterable[object], known: Mapping[str, float] | None = None
     ) -> FittedModel:
         """What `fit` finds; `known` are mean eigenvalues that need not be estimated."""
+        randomness = digest_of_generator(self.generator)
         operator = self._curvature(dataloader)
         num_points = fingerprint = None
         if isinstance(operator, BatchOperator):
@@ -295,7 +227,7 @@ class InfluenceFunctionModel(ABC):
             name: self._fitted_block(name, block, (known or {}).get(name))
             for name, block in self._split(operator).items()
         }
-        return FittedModel(provider, blocks, num_points, fingerprint)
+        return FittedModel(provider, blocks, num_points, fingerprint, randomness)
 
     def _objective_of(self, operator: TensorOperator) -> Objective:
         if isinstance(operator, BatchOperator) and isinstance(
@@ -365,6 +297,66 @@ class InfluenceFunctionModel(ABC):
             }
             changed._fit = replace(self._fit, blocks=blocks)
         return changed
+
+    def save(self, path: str | Path) -> None:
+        """Writes what was fitted to a file of tensors and numbers, whole or not at all.
+
+        Matrices and eigenpairs are kept, and hashes of the parameters and the data; the model, the
+        loss and the data are not. See `load`.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            StoreError: What was kept of a block cannot be written.
+            OSError: Of the file system; an earlier file stays as it was.
+        """
+        save_fit(self.fitted, self.configuration(), path, with_kept=not self.needs_data)
+
+    def load(self, path: str | Path, dataloader: Iterable[object] | None = None) -> Self:
+        """Takes over what `save` wrote, in place of `fit`.
+
+        Args:
+            path: A file of a model of the same class, settings and parameters.
+            dataloader: The training data, which models that solve by products with the curvature
+                need again; others do without.
+
+        Returns:
+            Itself. Where an error is raised, an earlier fit stays as it was.
+
+        Raises:
+            ArgumentError: The model needs `dataloader`.
+            StoreError: The file is none, or was written by another model, for other parameters, or
+                with other data.
+            HessopsError: As of `fit`.
+        """
+        content = load_fit(path, self.configuration())
+        if not self.needs_data:
+            objective = Objective(
+                self.model, self.loss, self._space.names, reduction=self.reduction
+            )
+            content.require_parameters(objective)
+            self._fit = self._rebuilt(content, GradientProvider(objective))
+            return self
+        if dataloader is None:
+            raise ArgumentError(
+                f"dataloader is needed: {type(self).__name__} solves by products with the "
+                "curvature of the training data, which the file does not hold"
+            )
+        fitted = self._fitted_on(dataloader, content.mean_eigenvalues)
+        content.require_parameters(fitted.provider.objective)
+        content.require_data(fitted)
+        self._fit = fitted
+        return self
+
+    def _rebuilt(self, content: SavedFit, provider: GradientProvider) -> FittedModel:
+        blocks = {
+            name: self._damped(
+                name, None, content.kept(name, space), content.mean_eigenvalues.get(name), None
+            )
+            for name, space in self._blocks.items()
+        }
+        return FittedModel(
+            provider, blocks, content.num_points, content.data_fingerprint, content.randomness
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """The same fitted model on another device; the user's model stays where it is."""

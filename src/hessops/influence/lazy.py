@@ -1,0 +1,485 @@
+"""Factors and influences of collections, computed chunk by chunk when they are asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hessops.errors import ArgumentError
+from hessops.influence.description import Description, digest_of_tensors
+from hessops.influence.gradients import require_floating
+from hessops.influence.model import InfluenceFunctionModel
+from hessops.influence.modes import InfluenceMode
+from hessops.influence.ordered import OrderedBatches
+from hessops.influence.storage import ChunkStore, ZarrArray, manifest_of
+from hessops.isolation import isolated
+from hessops.validation import checked_count
+
+# Chunks of a store are at least this large, where there are as many numbers.
+CHUNK_BYTES = 2**20
+
+Wanted = Callable[[slice], bool]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of the factors of a collection.
+
+    Attributes:
+        points: Which points.
+        factors: ``(m, P)``; ``None`` where nobody wanted them.
+    """
+
+    points: slice
+    factors: Tensor | None
+
+
+class FactorSource(ABC):
+    """The factors of m test points, some rows at a time."""
+
+    @abstractmethod
+    def rows(self, wanted: Wanted) -> Iterator[Rows]:
+        """All rows in their order; those of which `wanted` says no need not be computed."""
+
+    @property
+    @abstractmethod
+    def num_points(self) -> int:
+        """m; it may take a pass over the data."""
+
+    @property
+    @abstractmethod
+    def num_pieces(self) -> int | None:
+        """How many times `rows` yields, where that is known."""
+
+    @abstractmethod
+    def first_size(self) -> int:
+        """Rows that `rows` yields first."""
+
+    @abstractmethod
+    def description(self) -> Description:
+        """What decides the factors, for manifests."""
+
+
+class GivenFactors(FactorSource):
+    """Factors that are there already: a tensor, or an array on disk.
+
+    Args:
+        factors: ``(m, P)``, anything that can be sliced by rows and has a shape.
+        read: From a slice of it to a tensor on the model's device, checked.
+    """
+
+    # Rows that are read at once.
+    PIECE = 256
+
+    def __init__(self, factors: Tensor | ZarrArray, read: Callable[[object], Tensor]) -> None:
+        self._factors, self._read = factors, read
+
+    def rows(self, wanted: Wanted) -> Iterator[Rows]:
+        """As of `FactorSource`."""
+        for start in range(0, self.num_points, self.PIECE):
+            points = slice(start, min(start + self.PIECE, self.num_points))
+            yield Rows(points, self._read(self._factors[points]) if wanted(points) else None)
+
+    @property
+    def num_points(self) -> int:
+        """m."""
+        return int(self._factors.shape[0])
+
+    @property
+    def num_pieces(self) -> int:
+        """m divided by `PIECE`, rounded up."""
+        return -(-self.num_points // self.PIECE)
+
+    def first_size(self) -> int:
+        """`PIECE`, or m where that is smaller."""
+        return min(self.PIECE, self.num_points)
+
+    def description(self) -> Description:
+        """Hashes of the pieces."""
+        pieces = (self._read(self._factors[rows.points]) for rows in self.rows(lambda _: False))
+        return [digest_of_tensors({"factors": piece}) for piece in pieces]
+
+
+class LazyFactors(FactorSource):
+    r"""The factors :math:`(A + \lambda I)^{-1} g_i` of a collection of points, ``(m, P)``.
+
+    Made by `SequentialInfluenceCalculator.influence_factors`. Nothing is computed until it is asked
+    for, and nothing is kept.
+
+    Example:
+        >>> import torch
+        >>> from hessops.influence import DirectInfluence, SequentialInfluenceCalculator
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> data = [(torch.ones(2, 1), torch.ones(2, 1)), (torch.zeros(1, 1), torch.zeros(1, 1))]
+        >>> influence = DirectInfluence(model, torch.nn.MSELoss(), 0.1).fit(data)
+        >>> factors = SequentialInfluenceCalculator(influence).influence_factors(data)
+        >>> [part.shape for part in factors]
+        [torch.Size([2, 1]), torch.Size([1, 1])]
+        >>> factors.compute().shape
+        torch.Size([3, 1])
+    """
+
+    def __init__(
+        self, model: InfluenceFunctionModel, batches: OrderedBatches, *, progress: bool = False
+    ) -> None:
+        self._model, self._batches, self._progress = model, batches, progress
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The factors of one batch after the other, ``(m_batch, P)`` on the model's device."""
+        bar = tqdm(
+            self.rows(lambda _: True),
+            total=self.num_pieces,
+            desc="influence factors",
+            unit="batch",
+            disable=not self._progress,
+        )
+        for rows in bar:
+            assert rows.factors is not None
+            yield rows.factors
+
+    def rows(self, wanted: Wanted) -> Iterator[Rows]:
+        """The factors of the batches that are wanted, and ``None`` for the others."""
+        for placed in self._batches:
+            needed = wanted(placed.points)
+            yield Rows(placed.points, self._model.factors_of(placed.batch) if needed else None)
+
+    def compute(self) -> Tensor:
+        """All factors, ``(m, P)`` in host memory."""
+        return torch.cat([part.cpu() for part in self])
+
+    def to_zarr(self, path: str | Path, *, row_chunk: int | None = None) -> ZarrArray:
+        """Writes the factors to a zarr array, chunk by chunk, or goes on where a run stopped.
+
+        See `LazyInfluences.to_zarr`.
+
+        Args:
+            path: A directory that does not exist yet, is empty, or holds what an earlier run of
+                the same computation wrote.
+            row_chunk: Points in a chunk; ``None`` takes the size of the first batch.
+        """
+        rows = row_chunk or self.first_size()
+        columns = self._model.space.size
+        with isolated(self._model.space.device):
+            store = ChunkStore.open(
+                path,
+                shape=(self.num_points, columns),
+                chunks=(checked_count(rows, "row_chunk"), columns),
+                dtype=self._model.space.dtype,
+                manifest=manifest_of(
+                    self._model, {"kind": "factors", "points": self.description()}
+                ),
+            )
+            regular = regular_rows(self, rows, lambda block: not store.holds((block, 0)))
+            for block, factors in self._shown(regular, store.grid[0]):
+                store.write((block, 0), factors)
+            return store.array
+
+    def _shown(
+        self, blocks: Iterable[tuple[int, Tensor]], total: int
+    ) -> Iterable[tuple[int, Tensor]]:
+        bar: Iterable[tuple[int, Tensor]] = tqdm(
+            blocks, total=total, desc="influence factors", unit="chunk", disable=not self._progress
+        )
+        return bar
+
+    @property
+    def num_points(self) -> int:
+        """m; takes a pass over the data, once."""
+        return self._batches.survey().num_points
+
+    @property
+    def num_pieces(self) -> int | None:
+        """Number of batches, once it is known."""
+        return self._batches.num_batches
+
+    def first_size(self) -> int:
+        """Points of the first batch."""
+        return self._batches.survey().sizes[0]
+
+    def description(self) -> Description:
+        """The sizes of the batches and a hash of their points in order."""
+        survey = self._batches.survey()
+        return {"order": survey.order, "batches": list(survey.sizes)}
+
+
+@dataclass(frozen=True)
+class InfluenceChunk:
+    """The influences of some training points on some test points.
+
+    Attributes:
+        test: Which test points.
+        train: Which training points.
+        values: ``(m, n)`` for UP, ``(m, n, *x.shape[1:])`` for PERTURBATION.
+    """
+
+    test: slice
+    train: slice
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TopInfluences:
+    """For each test point the training points of largest, or smallest, influence.
+
+    Attributes:
+        values: Influences, ``(m, k)``, the most extreme first.
+        indices: Positions of the training points in the order of their loader, ``(m, k)`` int64.
+            Of equal influences the earlier point comes first.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+
+class LazyInfluences:
+    """The influences of n training points on m test points, chunk by chunk.
+
+    Made by `SequentialInfluenceCalculator`. Nothing is computed until it is asked for, and nothing
+    is kept: every method makes one pass over the training data for each batch of test points.
+
+    Example:
+        >>> import torch
+        >>> from hessops.influence import DirectInfluence, SequentialInfluenceCalculator
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> x, y = torch.arange(4.0).reshape(4, 1), torch.zeros(4, 1)
+        >>> train = [(x[:3], y[:3]), (x[3:], y[3:])]
+        >>> influence = DirectInfluence(model, torch.nn.MSELoss()).fit(train)
+        >>> lazy = SequentialInfluenceCalculator(influence).influences([(x[1:2], y[1:2])], train)
+        >>> lazy.top_k(2).indices
+        tensor([[3, 2]])
+        >>> lazy.compute().shape
+        torch.Size([1, 4])
+    """
+
+    def __init__(
+        self,
+        model: InfluenceFunctionModel,
+        factors: FactorSource,
+        train: OrderedBatches,
+        mode: InfluenceMode,
+        *,
+        progress: bool = False,
+    ) -> None:
+        self._model, self._factors, self._train = model, factors, train
+        self.mode = mode
+        self._progress = progress
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(m, n)``, for PERTURBATION with the dimensions of an input; takes a pass over both."""
+        return (self._factors.num_points, self._train.survey().num_points, *self._trailing())
+
+    def _trailing(self) -> tuple[int, ...]:
+        if self.mode is InfluenceMode.UP:
+            return ()
+        return tuple(require_floating(self._train.first().x).shape[1:])
+
+    def __iter__(self) -> Iterator[InfluenceChunk]:
+        """One chunk for each pair of a test and a training batch, on the model's device."""
+        with self._bar() as bar:
+            for rows in self._factors.rows(lambda _: True):
+                assert rows.factors is not None
+                for placed in self._train:
+                    with isolated(self._model.space.device):
+                        values = self._model.scores_of(rows.factors, placed.batch, self.mode)
+                    yield InfluenceChunk(rows.points, placed.points, values)
+                    self._advance(bar)
+
+    def _bar(self) -> tqdm[NoReturn]:
+        return tqdm(desc="influences", unit="chunk", disable=not self._progress)
+
+    def _advance(self, bar: tqdm[NoReturn]) -> None:
+        # How many there are is known after a first pass over both.
+        tests, trains = self._factors.num_pieces, self._train.num_batches
+        if bar.total is None and tests is not None and trains is not None:
+            bar.total = tests * trains
+        bar.update()
+
+    def compute(self) -> Tensor:
+        """All of them in host memory, ``(m, n)`` or ``(m, n, *x.shape[1:])``."""
+        rows: list[list[Tensor]] = []
+        for chunk in self:
+            if chunk.train.start == 0:
+                rows.append([])
+            rows[-1].append(chunk.values.cpu())
+        return torch.cat([torch.cat(row, dim=1) for row in rows])
+
+    def top_k(self, k: int, *, largest: bool = True) -> TopInfluences:
+        """The k training points of largest influence on each test point.
+
+        Keeps 2·k numbers for each test point, never the whole matrix.
+
+        Args:
+            k: How many; all where there are fewer training points.
+            largest: ``True`` for the most helpful, ``False`` for the most harmful.
+
+        Raises:
+            ArgumentError: `k` is below 1, or the mode is PERTURBATION.
+        """
+        checked_count(k, "k")
+        if self.mode is not InfluenceMode.UP:
+            raise ArgumentError("top_k needs mode UP: influences of an input are not one number")
+        best: list[TopInfluences] = []
+        for chunk in self:
+            positions = torch.arange(chunk.train.start, chunk.train.stop)
+            values = chunk.values.cpu()
+            new = TopInfluences(values, positions.expand_as(values))
+            if chunk.train.start == 0:
+                best.append(_most_extreme([new], k, largest=largest))
+            else:
+                best[-1] = _most_extreme([best[-1], new], k, largest=largest)
+        return TopInfluences(
+            torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+        )
+
+    def to_zarr(
+        self, path: str | Path, *, row_chunk: int | None = None, column_chunk: int | None = None
+    ) -> ZarrArray:
+        """Writes the influences to a zarr array, chunk by chunk, or goes on where a run stopped.
+
+        Every chunk is a file that is there whole or not at all, beside a manifest with hashes of
+        parameters, settings, data order and losses, chunk sizes, threads and versions. A run with
+        the same manifest computes what is missing, to the same bytes; any other is refused. It
+        begins with a pass over both collections. Needs zarr 3 (``pip install hessops[zarr]``).
+
+        Args:
+            path: A directory that does not exist yet, is empty, or holds what an earlier run of
+                the same computation wrote.
+            row_chunk: Test points in a chunk; ``None`` takes the size of the first batch.
+            column_chunk: Training points in a chunk; ``None`` takes as many batches of the size of
+                the first as make 1 MiB.
+
+        Returns:
+            The array, ``(m, n)`` or ``(m, n, *x.shape[1:])``, opened for reading.
+
+        Raises:
+            StoreError: Something else lies at `path`; the message says what differs.
+            DtypeError: Influences of a dtype that numpy does not have.
+            ImportError: zarr is not installed.
+            OSError: Of the file system; what was written before is whole.
+        """
+        with isolated(self._model.space.device):
+            store = self._store(path, row_chunk, column_chunk)
+            with self._bar() as bar:
+                bar.total = prod(store.grid)
+                bar.update(store.num_held())
+                self._fill(store, bar)
+            return store.array
+
+    def _store(
+        self, path: str | Path, row_chunk: int | None, column_chunk: int | None
+    ) -> ChunkStore:
+        shape, survey, space = self.shape, self._train.survey(), self._model.space
+        rows = self._factors.first_size() if row_chunk is None else row_chunk
+        if column_chunk is None:
+            number_bytes = space.dtype.itemsize * prod(shape[2:])
+            batch_bytes = rows * survey.sizes[0] * number_bytes
+            batches = max(1, -(-CHUNK_BYTES // max(batch_bytes, 1)))
+            column_chunk = min(batches * survey.sizes[0], survey.num_points)
+        chunks = (
+            checked_count(rows, "row_chunk"),
+            checked_count(column_chunk, "column_chunk"),
+            *shape[2:],
+        )
+        what: dict[str, Description] = {
+            "kind": "influences",
+            "mode": str(self.mode),
+            "test": self._factors.description(),
+            "train": {"order": survey.order, "batches": list(survey.sizes)},
+        }
+        manifest = manifest_of(self._model, what, self._train.first())
+        return ChunkStore.open(
+            path, shape=shape, chunks=chunks, dtype=self._dtype(), manifest=manifest
+        )
+
+    def _dtype(self) -> torch.dtype:
+        if self.mode is InfluenceMode.UP:
+            return self._model.space.dtype
+        return require_floating(self._train.first().x).dtype
+
+    def _fill(self, store: ChunkStore, bar: tqdm[NoReturn]) -> None:
+        """Computes and writes the chunks that a store does not hold."""
+        num_columns = store.grid[1]
+
+        def missing(block: int) -> list[int]:
+            return [c for c in range(num_columns) if not store.holds((block, c))]
+
+        for block, factors in regular_rows(
+            self._factors, store.chunks[0], lambda b: bool(missing(b))
+        ):
+            columns = set(missing(block))
+            for column, values in self._columns(factors, store.chunks[1], columns):
+                store.write((block, column), values)
+                bar.update()
+
+    def _columns(
+        self, factors: Tensor, width: int, wanted: set[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The influences by columns of a regular width, those that are wanted."""
+        total = self._train.survey().num_points
+        pending: list[Tensor] = []
+        for placed in self._train:
+            blocks = _blocks_of(placed.points, width)
+            if not wanted.intersection(blocks):
+                continue
+            values = self._model.scores_of(factors, placed.batch, self.mode).cpu()
+            for block in blocks:
+                start, stop = block * width, min((block + 1) * width, total)
+                first = max(start, placed.start) - placed.start
+                last = min(stop, placed.points.stop) - placed.start
+                if block not in wanted:
+                    continue
+                pending.append(values[:, first:last])
+                if placed.points.stop >= stop:
+                    yield block, torch.cat(pending, dim=1)
+                    pending = []
+
+
+def _blocks_of(points: slice, width: int) -> range:
+    """The blocks of a regular width that some points lie in."""
+    return range(points.start // width, -(-points.stop // width))
+
+
+def regular_rows(
+    source: FactorSource, height: int, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, Tensor]]:
+    """Factors by blocks of a regular number of rows, those that are wanted.
+
+    Args:
+        source: Factors by rows of any number.
+        height: Rows of a block.
+        wanted: Whether a block is.
+    """
+    total = source.num_points
+    needed = [wanted(block) for block in range(-(-total // height))]
+    pending: list[Tensor] = []
+    for rows in source.rows(lambda points: any(needed[b] for b in _blocks_of(points, height))):
+        if rows.factors is None:
+            continue
+        for block in _blocks_of(rows.points, height):
+            start, stop = block * height, min((block + 1) * height, total)
+            first = max(start, rows.points.start) - rows.points.start
+            last = min(stop, rows.points.stop) - rows.points.start
+            if not needed[block]:
+                continue
+            pending.append(rows.factors[first:last])
+            if rows.points.stop >= stop:
+                yield block, torch.cat(pending)
+                pending = []
+
+
+def _most_extreme(candidates: list[TopInfluences], k: int, *, largest: bool) -> TopInfluences:
+    values = torch.cat([c.values for c in candidates], dim=1)
+    indices = torch.cat([c.indices for c in candidates], dim=1)
+    # Stable, and the candidates come in the order of the points: ties go to the earlier point.
+    order = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
+    return TopInfluences(values.gather(1, order), indices.gather(1, order))

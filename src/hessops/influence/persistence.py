@@ -1,0 +1,171 @@
+"""What was fitted, as a file of tensors and numbers without any code."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hessops.errors import StoreError
+from hessops.functional.low_rank import LowRankProductRepresentation
+from hessops.influence.description import Description, difference, digest_of_objective
+from hessops.influence.files import write_whole
+from hessops.influence.fitted import FittedModel
+from hessops.objective import Objective
+from hessops.operators.base import TensorOperator
+from hessops.operators.dense import MatrixOperator
+from hessops.operators.low_rank import LowRankProductOperator
+from hessops.space import ParameterSpace
+
+FORMAT = "hessops influence model 1"
+
+
+@dataclass(frozen=True)
+class SavedFit:
+    """The content of a file, looked through.
+
+    Attributes:
+        path: Where it came from, for messages.
+        parameters: A hash of the model's parameters and buffers.
+        num_points: Number of training points.
+        data_fingerprint: A hash of them.
+        randomness: See `FittedModel`.
+        mean_eigenvalues: Block name -> tr(A)/P, where it was needed.
+        tensors: Block name -> what was kept of its curvature.
+    """
+
+    path: Path
+    parameters: str
+    num_points: int | None
+    data_fingerprint: str | None
+    randomness: str
+    mean_eigenvalues: Mapping[str, float]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+
+    def require_parameters(self, objective: Objective) -> None:
+        """Raises `StoreError` unless a model has the values that the fit was made at."""
+        if digest_of_objective(objective) != self.parameters:
+            raise StoreError(
+                f"{self.path} was written for other parameters or buffers than the model has now: "
+                "load the weights of that fit into the model, or fit again"
+            )
+
+    def require_data(self, fitted: FittedModel) -> None:
+        """Raises `StoreError` unless a fit saw the training points of the file."""
+        if fitted.data_fingerprint != self.data_fingerprint:
+            raise StoreError(
+                f"{self.path} was written for other training data ({self.num_points} points) than "
+                f"dataloader gives ({fitted.num_points} points)"
+            )
+
+    def kept(self, block: str, space: ParameterSpace) -> TensorOperator:
+        """What was kept of the curvature of a block.
+
+        Raises:
+            StoreError: It does not fit the parameters of the block.
+        """
+        tensors = {name: t.to(space.device) for name, t in self.tensors.get(block, {}).items()}
+        try:
+            if "matrix" in tensors:
+                semidefinite = bool(tensors["positive_semidefinite"]) or None
+                return MatrixOperator(
+                    tensors["matrix"],
+                    symmetric=bool(tensors["symmetric"]) or None,
+                    positive_semidefinite=semidefinite,
+                    space=space,
+                    copy=False,
+                )
+            pairs = LowRankProductRepresentation(
+                tensors["eigen_vals"], tensors["projections"], bool(tensors["clipped"])
+            )
+            return LowRankProductOperator(pairs, space=space)
+        except (KeyError, ValueError, TypeError) as error:
+            raise StoreError(
+                f"{self.path} does not hold what was fitted for block {block!r}: {error}"
+            ) from error
+
+
+def save_fit(
+    fitted: FittedModel,
+    configuration: Mapping[str, Description],
+    path: str | Path,
+    *,
+    with_kept: bool,
+) -> None:
+    """Writes a fit to a file, whole or not at all.
+
+    Raises:
+        StoreError: What was kept of a block is of a kind that cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "configuration": dict(configuration),
+        "parameters": digest_of_objective(fitted.provider.objective),
+        "num_points": fitted.num_points,
+        "data_fingerprint": fitted.data_fingerprint,
+        "randomness": fitted.randomness,
+        "mean_eigenvalues": {
+            name: block.mean_eigenvalue
+            for name, block in fitted.blocks.items()
+            if block.mean_eigenvalue is not None
+        },
+        "tensors": {
+            name: _tensors_of(name, block.kept) if with_kept else {}
+            for name, block in fitted.blocks.items()
+        },
+    }
+    write_whole(Path(path), lambda file: torch.save(content, file))
+
+
+def _tensors_of(block: str, kept: TensorOperator) -> dict[str, Tensor]:
+    if isinstance(kept, MatrixOperator):
+        return {
+            "matrix": kept.matrix.cpu(),
+            "symmetric": torch.tensor(kept.symmetric is True),
+            "positive_semidefinite": torch.tensor(kept.positive_semidefinite is True),
+        }
+    if isinstance(kept, LowRankProductOperator):
+        pairs = kept.low_rank_representation
+        return {
+            "eigen_vals": pairs.eigen_vals.cpu(),
+            "projections": pairs.projections.cpu(),
+            "clipped": torch.tensor(pairs.clipped),
+        }
+    raise StoreError(
+        f"block {block!r} keeps a {type(kept).__name__}, which cannot be written; a model that "
+        "sets needs_data=False must keep a MatrixOperator or a LowRankProductOperator"
+    )
+
+
+def load_fit(path: str | Path, configuration: Mapping[str, Description]) -> SavedFit:
+    """Reads what `save_fit` wrote; nothing but tensors and plain values is ever unpickled.
+
+    Raises:
+        StoreError: It is something else, or of a model with another configuration.
+        FileNotFoundError: There is no file.
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise StoreError(f"{path} is not a file of a fitted influence model: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise StoreError(f"{path} is not a file of a fitted influence model ({FORMAT!r})")
+    differing = difference(content["configuration"], configuration)
+    if differing:
+        raise StoreError(
+            f"{path} was written by a model with other settings: {'; '.join(differing)}"
+        )
+    fields = (
+        "parameters",
+        "num_points",
+        "data_fingerprint",
+        "randomness",
+        "mean_eigenvalues",
+        "tensors",
+    )
+    return SavedFit(path, *(content[name] for name in fields))

@@ -1,0 +1,229 @@
+"""ChunkStore: an array on disk, written chunk by chunk by runs that may be interrupted."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessops.errors import DataError, DtypeError, StoreError
+from hessops.functional.columns import COLUMN_BYTES
+from hessops.influence.description import (
+    Description,
+    difference,
+    digest_of_objective,
+    digest_of_tensors,
+)
+from hessops.influence.files import PARTIAL, write_whole
+from hessops.influence.model import InfluenceFunctionModel
+from hessops.operators.curvature import BatchOperator
+from hessops.streaming import Batch
+
+if TYPE_CHECKING:
+    from zarr import Array
+
+    ZarrArray: TypeAlias = Array[Any]
+else:
+    ZarrArray = object
+
+MANIFEST = "hessops.json"
+FORMAT = "hessops influences 1"
+
+
+def manifest_of(
+    model: InfluenceFunctionModel, what: Mapping[str, Description], first: Batch | None = None
+) -> dict[str, Description]:
+    """Everything that decides the bytes of a result.
+
+    Args:
+        model: A fitted model.
+        what: What is computed, and for which points.
+        first: The first batch of training points, whose losses stand for what has no hash.
+    """
+    import hessops
+
+    _require_repeatable(model)
+    fitted = model.fitted
+    objective, space = fitted.provider.objective, fitted.space
+    losses: Description = None
+    if first is not None:
+        with objective.differentiating("the points' losses"):
+            values = objective.sample_losses(objective.params, first)
+        losses = digest_of_tensors({"losses": values})
+    return {
+        "format": FORMAT,
+        **what,
+        "parameters": digest_of_objective(objective),
+        "configuration": dict(model.configuration()),
+        "regularization": {n: b.regularization.hex() for n, b in sorted(fitted.blocks.items())},
+        "fit data": fitted.data_fingerprint,
+        "randomness": fitted.randomness,
+        "losses": losses,
+        "route": {"mode": "reverse", "column bytes": COLUMN_BYTES},
+        "device": space.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "hessops": hessops.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "zarr": _zarr().__version__,
+            "machine": platform.machine(),
+        },
+    }
+
+
+def _require_repeatable(model: InfluenceFunctionModel) -> None:
+    """Raises `DataError` where a solve that is made again may be rounded differently."""
+    for block in model.fitted.blocks.values():
+        operator = block.operator
+        if not model.needs_data or not isinstance(operator, BatchOperator):
+            continue
+        if not (operator.stream.is_cached or operator.stream.has_fixed_order):
+            raise DataError(
+                "the model was fitted with a loader whose order may differ from pass to pass, so "
+                "that a run that is resumed would not give the same bytes; fit with shuffle=False, "
+                "or keep the data on the device (cache=True)"
+            )
+
+
+def _zarr() -> Any:
+    try:
+        import zarr
+    except ImportError as error:
+        raise ImportError(
+            "to_zarr needs zarr 3, which is not installed: pip install 'hessops[zarr]'"
+        ) from error
+    return zarr
+
+
+class ChunkStore:
+    """A zarr array whose chunks are written once, each whole or not at all.
+
+    Args:
+        path: Its directory.
+        array: The array there.
+
+    Attributes:
+        array: A zarr array without compression.
+    """
+
+    def __init__(self, path: Path, array: ZarrArray) -> None:
+        self._path = path
+        self.array = array
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        shape: Sequence[int],
+        chunks: Sequence[int],
+        dtype: torch.dtype,
+        manifest: Mapping[str, Description],
+    ) -> ChunkStore:
+        """A new store, or the one that an earlier run with the same manifest began.
+
+        Raises:
+            StoreError: Something else lies at `path`, or a store with another manifest.
+            DtypeError: numpy has no such dtype.
+            ImportError: zarr is not installed.
+        """
+        zarr = _zarr()
+        if dtype is torch.bfloat16:
+            raise DtypeError(
+                "bfloat16 cannot be written, numpy has no such dtype: convert the model to float32"
+            )
+        path = Path(path)
+        name = str(dtype).removeprefix("torch.")
+        manifest = {**manifest, "shape": list(shape), "chunks": list(chunks), "dtype": name}
+        _claim(path, manifest)
+        if not (path / "zarr.json").exists():
+            zarr.create_array(
+                str(path),
+                shape=tuple(shape),
+                chunks=tuple(chunks),
+                dtype=name,
+                compressors=None,
+                fill_value=float("nan"),
+            )
+        return cls(path, zarr.open_array(str(path), mode="r+"))
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The shape of a chunk."""
+        return tuple(self.array.chunks)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """How many chunks there are along each dimension."""
+        return tuple(-(-s // c) for s, c in zip(self.array.shape, self.chunks, strict=True))
+
+    def _file(self, place: Sequence[int]) -> Path:
+        whole = (*place, *[0] * (self.array.ndim - len(place)))
+        return self._path.joinpath("c", *map(str, whole))
+
+    def holds(self, place: Sequence[int]) -> bool:
+        """Whether a chunk, by its first positions in the grid, was written."""
+        return self._file(place).is_file()
+
+    def num_held(self) -> int:
+        """How many chunks were written."""
+        grid = self.grid
+        return sum(self.holds(place) for place in product(*map(range, grid)))
+
+    def write(self, place: Sequence[int], values: Tensor) -> None:
+        """Writes a whole chunk."""
+        region = tuple(
+            slice(p * c, min((p + 1) * c, s))
+            for p, c, s in zip(place, self.chunks, self.array.shape, strict=False)
+        )
+        self.array[region] = values.detach().cpu().numpy()
+
+
+def _claim(path: Path, manifest: Mapping[str, Description]) -> None:
+    """Makes sure that the directory is for the results of a manifest.
+
+    The manifest is written first, so that a run that is killed at any moment leaves a directory
+    that the next one understands.
+    """
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file; a directory is written")
+    path.mkdir(parents=True, exist_ok=True)
+    for partial in path.rglob(f"*{PARTIAL}"):
+        partial.unlink(missing_ok=True)
+    stored = _stored_manifest(path)
+    if stored is None:
+        if any(path.iterdir()):
+            raise StoreError(
+                f"{path} is not empty and has no {MANIFEST}: it was not written by this "
+                "computation; pass another path"
+            )
+        text = json.dumps(manifest, indent=1, sort_keys=True)
+        write_whole(path / MANIFEST, lambda file: file.write(text.encode()))
+        return
+    differing = difference(stored, manifest)
+    if differing:
+        raise StoreError(
+            f"{path} holds the results of another computation ({'; '.join(differing)}): pass "
+            "another path, or delete it"
+        )
+
+
+def _stored_manifest(path: Path) -> dict[str, Description] | None:
+    file = path / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        stored = json.loads(file.read_text())
+    except ValueError as error:
+        raise StoreError(f"{file} is not a manifest: {error}") from error
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        raise StoreError(f"{file} is not a manifest of {FORMAT!r}")
+    return stored
