@@ -144,4 +144,4 @@ def test_influences_rank_points_as_training_without_them_does(data: str, method:
     # The sign and 1/N: what is predicted is the change itself, not only its rank.
     large = predicted.abs() > predicted.abs().median()
     ratio = (len(case.train.x) * case.changes / predicted)[large].median()
-    assert 0.9 < ratio < 1.1
+    assert 0.8 < ratio < 1.25

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import hessops
+from hessops import influence
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +54,5 @@ def test_every_public_name_has_an_entry_in_the_api_reference():
     entry = r"^\.\. (?:auto\w+|function|py:class):: hessops\.(\w+)"
     documented = set(re.findall(entry, reference, re.M))
     assert set(hessops.__all__) - {"__version__"} <= documented
+    of_influence = r"^\.\. autoclass:: hessops\.influence\.(\w+)"
+    assert set(influence.__all__) == set(re.findall(of_influence, reference, re.M))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vjp
 
-from hessops.errors import ArgumentTypeError, HessopsError, ModelError, ShapeError
+from hessops.errors import (
+    ArgumentTypeError,
+    HessopsError,
+    ModelError,
+    NonFiniteProductError,
+    ShapeError,
+)
 from hessops.functional.hvp import pull_rows
 from hessops.functional.losses import ModelFunctions, Params, space_of
 from hessops.functional.products import Stack, differentiable
@@ -125,41 +131,34 @@ class PerSampleGradients:
         Raises:
             ModelError: They do not add up either way.
         """
-        self._require_sum(objective, batch, lambda: self.chunks(objective, batch))
+        self._verified(objective, batch, keep=False)
 
     def verified(self, objective: Objective, batch: Batch) -> Tensor:
         """All of them, ``(n, P)``, after that comparison.
 
         Raises:
             ModelError: As of `check`.
+            NonFiniteProductError: NaN or infinity in a gradient.
         """
-        return self._require_sum(
-            objective, batch, lambda: [torch.cat(list(self.chunks(objective, batch)))]
-        )[0]
+        return torch.cat(self._verified(objective, batch, keep=True))
 
-    def _require_sum(
-        self, objective: Objective, batch: Batch, compute: Callable[[], Iterable[Tensor]]
-    ) -> list[Tensor]:
+    def _verified(self, objective: Objective, batch: Batch, *, keep: bool) -> list[Tensor]:
+        """The chunks, where they are to be kept, whose sum is the gradient of the batch."""
         space = objective.space
-        expected = space.flatten(mean_gradient(objective, objective.params, batch))
-        for _ in range(2):
+        expected = space.flatten(mean_gradient(objective, objective.params, batch)) * batch.size
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(space.dtype, 5e-2)
+        while True:
             was_vectorized, kept = self.vectorize, []
             total, scale = torch.zeros_like(expected), torch.zeros((), device=expected.device)
-            for rows in compute():
+            for rows in self.chunks(objective, batch):
                 total += rows.sum(dim=0)
                 scale += rows.norm(dim=1).sum()
-                kept = [rows]
-            tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(space.dtype, 5e-2)
-            if (total / batch.size - expected).norm() <= tolerance * scale / batch.size:
+                kept += [rows] if keep else []
+            if (total - expected).norm() <= tolerance * scale:
                 return kept
             if not was_vectorized:
-                break
+                raise _unequal_sum(total, batch)
             self.vectorize = False
-        raise ModelError(
-            f"batch {batch.position}: the gradients of the points alone do not add up to the "
-            "gradient of their mean loss, so that the model is not a function of one point at "
-            "a time"
-        )
 
     def _pieces(self, objective: Objective, batch: Batch) -> list[Batch]:
         gradient_bytes = objective.space.size * objective.space.dtype.itemsize
@@ -177,6 +176,18 @@ class PerSampleGradients:
             except Exception:  # whatever vmap refuses, the loop below does
                 self.vectorize = False
         return flatten(per_sample_gradients(objective, params, batch, vectorize=False))
+
+
+def _unequal_sum(total: Tensor, batch: Batch) -> HessopsError:
+    if not total.isfinite().all():
+        return NonFiniteProductError(
+            f"batch {batch.position}: the gradient of a point's loss is NaN or infinite; check the "
+            f"scale of parameters and data, or use a wider dtype than {total.dtype}"
+        )
+    return ModelError(
+        f"batch {batch.position}: the gradients of the points alone do not add up to the gradient "
+        "of their mean loss, so that the model is not a function of one point at a time"
+    )
 
 
 def create_per_sample_gradient_function(

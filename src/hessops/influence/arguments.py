@@ -37,7 +37,10 @@ def recorded_constructor(constructor: _Constructor) -> _Constructor:
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
         kwargs = _renamed(signature, (self, *args), kwargs)
         if "_arguments" not in vars(self):
-            bound = signature.bind(self, *args, **kwargs)
+            try:
+                bound = signature.bind(self, *args, **kwargs)
+            except TypeError as error:
+                raise ArgumentTypeError(f"{type(self).__name__}: {error}") from error
             bound.apply_defaults()
             self._arguments = _flat(signature, bound.arguments)
         constructor(self, *args, **kwargs)
@@ -77,3 +80,14 @@ def settings_of(arguments: Mapping[str, object]) -> dict[str, object]:
     """The arguments that decide what is computed, but for model, loss, λ and blocks."""
     apart = ("model", "loss", "regularization", "block_structure", *SILENT)
     return {name: value for name, value in arguments.items() if name not in apart}
+
+
+def changed_settings(model: object) -> list[str]:
+    """The arguments beyond model and loss that are not the defaults, as ``name=value``."""
+    parameters = inspect.signature(type(model).__init__).parameters
+    return [
+        f"{name}={getattr(value, 'value', value)!r}"
+        for name, value in model._arguments.items()  # type: ignore[attr-defined]  # recorded above
+        if name not in ("model", "loss")
+        and (name not in parameters or parameters[name].default != value)
+    ]

@@ -40,7 +40,11 @@ class BilinearForm:
 
     @staticmethod
     def of(operator: TensorOperator) -> BilinearForm:
-        """The form that takes the least work: a `LowRankBilinearForm` where there is one."""
+        """The form that takes the least work.
+
+        A `LowRankBilinearForm` for V D Vᵀ, as of `LowRankProductOperator` and of `LowRankOperator`
+        with ``exact=False``; an inverse on the complement, too, needs gradients of one side.
+        """
         if isinstance(operator, LowRankProductOperator):
             pairs = operator.low_rank_representation
             return LowRankBilinearForm(operator, pairs.projections, pairs.eigen_vals)

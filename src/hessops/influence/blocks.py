@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from types import FrameType
 
 from torch import nn
 
@@ -65,6 +67,8 @@ def _grouped(space: ParameterSpace, mode: str) -> dict[str, list[str]]:
 def _named_blocks(
     model: nn.Module, blocks: Mapping[str, Sequence[str]]
 ) -> tuple[ParameterSpace, dict[str, ParameterSpace]]:
+    if not blocks:
+        raise ParameterNameError("block_structure is empty: name at least one block")
     for block, names in blocks.items():
         if not isinstance(block, str):
             raise ArgumentTypeError(f"block_structure must have names as keys, got {block!r}")
@@ -85,6 +89,15 @@ def _named_blocks(
             f"block_structure leaves out the parameters {left_out}: influences are as if those "
             "were constants. Freeze them (requires_grad_(False)) to say so, or add them to a block",
             UncoveredParametersWarning,
-            stacklevel=4,
+            stacklevel=_level_of_caller(),
         )
     return covered, spaces
+
+
+def _level_of_caller() -> int:
+    """The ``stacklevel`` of whoever called the library, however deep its constructors go."""
+    level = 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("hessops."):
+        level, frame = level + 1, frame.f_back
+    return level + 1

@@ -89,7 +89,8 @@ def describe(value: object, depth: int = MAX_DEPTH) -> Description:
     if value is None or (isinstance(value, (bool, int, str)) and not isinstance(value, Enum)):
         return value
     if isinstance(value, float):
-        return value.hex()
+        # As a number it is equal to the integer, and so is what it decides.
+        return int(value) if value.is_integer() else value.hex()
     if isinstance(value, Enum):
         return f"{type(value).__name__}.{value.name}"
     if isinstance(value, Tensor):

@@ -20,7 +20,7 @@ from hessops.errors import (
     ParameterNameError,
     ShapeError,
 )
-from hessops.influence.arguments import recorded_constructor, settings_of
+from hessops.influence.arguments import changed_settings, recorded_constructor, settings_of
 from hessops.influence.bilinear import BilinearForm
 from hessops.influence.blocks import BlockStructure, blocks_of
 from hessops.influence.damping import (
@@ -651,14 +651,24 @@ class InfluenceFunctionModel(ABC):
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "blocks": {name: list(block.names) for name, block in blocks},
             "regularization": {name: describe(self._dampings[name]) for name, _ in blocks},
-            "settings": describe(settings_of(self._arguments)),
+            "settings": describe(self._settings_in_full()),
             "loss": describe(self.loss),
+        }
+
+    def _settings_in_full(self) -> dict[str, object]:
+        """The settings as they were understood, so that other spellings of one are equal."""
+        return {
+            **settings_of(self._arguments),
+            "second_order_mode": self.second_order_mode,
+            "reduction": self.reduction,
+            "unpack": self.unpack,
+            "generator": self.generator,
         }
 
     def __repr__(self) -> str:
         loss = getattr(self.loss, "__name__", type(self.loss).__name__)
-        settings = "".join(f", {k}={v!r}" for k, v in settings_of(self._arguments).items())
-        head = f"{type(self).__name__}({type(self.model).__name__}, {loss}{settings})"
+        shown = [type(self.model).__name__, str(loss), *changed_settings(self)]
+        head = f"{type(self).__name__}({', '.join(shown)})"
         if self._fit is None:
             return f"{head}, not fitted"
         points = "" if self._fit.num_points is None else f" on {self._fit.num_points} points"

@@ -32,13 +32,13 @@ class BlockMode(StrEnum):
     """Which parameters interact in the curvature."""
 
     FULL = "full"
-    """All: one block, named ``"full"``."""
+    """One block of all parameters, named ``"full"``."""
 
     LAYER_WISE = "layer_wise"
-    """Those of one module; a block is named as in ``model.named_modules()``."""
+    """A block for each module with parameters of its own, named as in ``model.named_modules()``."""
 
     PARAMETER_WISE = "parameter_wise"
-    """Each entry of ``model.named_parameters()`` only with itself; a block is named as there."""
+    """A block for each entry of ``model.named_parameters()``, named as there."""
 
 
 class SecondOrderMode(StrEnum):
