@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hessops import (
     BatchOperation,
     BatchOperator,
+    BatchStream,
     ChunkAveraging,
     CurvatureOperator,
     GaussNewtonOperator,
@@ -24,7 +25,7 @@ from hessops import (
     TensorDictOperator,
     TensorOperator,
 )
-from hessops.errors import DataChangedError
+from hessops.errors import ArgumentError, DataChangedError, ParameterNameError
 
 N = 12
 REGULARIZATION = 1e-3
@@ -496,3 +497,40 @@ def test_averages_over_batches_need_the_same_batches_in_every_pass() -> None:
     with pytest.raises(DataChangedError, match="batches"):
         operator.apply(vector)
     HessianOperator(model, loss, shuffled, cache=False).to_dense()
+
+
+def test_operators_share_a_stream() -> None:
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    model = nn.Linear(3, 2).double()
+    stream = BatchStream([(x, y)])
+    first = HessianOperator(model, nn.MSELoss(), stream)
+    second = GaussNewtonOperator(model, nn.MSELoss(), stream)
+    assert first.stream is second.stream is stream
+    vector = torch.randn(8).double()
+    own = GaussNewtonOperator(model, nn.MSELoss(), [(x, y)])
+    assert torch.equal(second.apply(vector), own.apply(vector))
+    with pytest.raises(ArgumentError, match="same_batches"):
+        HessianOperator(model, nn.MSELoss(), stream, averaging=ChunkAveraging())
+
+
+@pytest.mark.parametrize("operator_type", [HessianOperator, GaussNewtonOperator])
+def test_a_restriction_is_the_diagonal_block_and_shares_the_data(operator_type) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(7, 3).double(), torch.randn(7, 2).double()
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    whole = operator_type(model, nn.MSELoss(), batches)
+    dense = whole.to_dense()
+    for names in (["2.bias", "0.weight"], ["2.weight"]):
+        part = whole.restricted(names)
+        where = whole.space.indices(names)
+        assert part.space == whole.space.subspace(names)
+        alone = operator_type(model, nn.MSELoss(), batches, names)
+        assert torch.equal(part.to_dense(), alone.to_dense())
+        assert (part.to_dense() - dense[where[:, None], where]).abs().max() < 1e-12
+        assert part.stream is whole.stream
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    assert torch.equal(whole.restricted(["2.weight"]).to_dense(), part.to_dense())
+    assert not torch.equal(part.refresh().to_dense(), whole.restricted(["2.weight"]).to_dense())
+    with pytest.raises(ParameterNameError, match="unknown"):
+        whole.restricted(["3.weight"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from influence_cases import CASES, Problem
 from reference import random_spd, relative_error
 from solver_cases import true_residuals
 from test_layers import LAYERS, OPERATORS, case
@@ -21,6 +23,7 @@ from hessops import (
     MinresOperator,
     NystroemPreconditioner,
 )
+from hessops.influence import SequentialInfluenceCalculator
 from hessops.testing import check_operator
 
 pytestmark = pytest.mark.gpu
@@ -86,3 +89,21 @@ def test_lissa_meets_its_tolerance() -> None:
     solution = LissaOperator.from_operator(operator, scale="auto").solve(rhs)
     assert bool(solution.converged.all())
     assert float(true_residuals(50 * matrix, rhs, solution.value.cpu()).max()) <= 1.01e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", ["up", "perturbation"])
+def test_influences_equal_those_on_the_cpu(case: str, mode: str, tmp_path: Path) -> None:
+    problem = Problem()
+    test, train = (problem.x_test, problem.y_test), (problem.x, problem.y)
+    on_cpu = CASES[case].build(problem, "layer_wise").fit(problem.batches())
+    expected = on_cpu.influences(*test, *train, mode=mode)
+    moved = on_cpu.to("cuda").influences(*test, *train, mode=mode)
+    problem.model.cuda()
+    built = CASES[case].build(problem, "layer_wise").fit(problem.batches())
+    for result in (moved, built.influences(*test, *train, mode=mode)):
+        assert result.device.type == "cuda"
+        assert relative_error(result.cpu(), expected) < 1e-6
+    lazy = SequentialInfluenceCalculator(built).influences([test], problem.batches((3, 3, 1)), mode)
+    assert relative_error(lazy.compute(), expected) < 1e-6
+    assert lazy.to_zarr(tmp_path / "stored").shape == expected.shape

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,14 @@ from hessops.operators.curvature import (
     GaussNewtonOperator,
     GeneralizedGaussNewtonOperator,
     HessianOperator,
+    batch_operators,
 )
 from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import DiagonalBlock
 from hessops.point_loss import Loss, Reduction
 from hessops.space import ParameterSpace
-from hessops.streaming import Batch, Unpack
+from hessops.streaming import Batch
+from hessops.streaming import Unpack as RawUnpack
 from hessops.validation import checked_rows
 
 CURVATURES: Mapping[SecondOrderMode, type[CurvatureOperator]] = {
@@ -58,6 +60,15 @@ CURVATURES: Mapping[SecondOrderMode, type[CurvatureOperator]] = {
     SecondOrderMode.GAUSS_NEWTON: GaussNewtonOperator,
     SecondOrderMode.GENERALIZED_GAUSS_NEWTON: GeneralizedGaussNewtonOperator,
 }
+
+
+class CommonSettings(TypedDict, total=False):
+    """The keyword arguments that every influence model takes; see `InfluenceFunctionModel`."""
+
+    reduction: Reduction
+    unpack: RawUnpack | None
+    cache: str | bool | int
+    generator: torch.Generator | None
 
 
 class InfluenceFunctionModel(ABC):
@@ -132,7 +143,7 @@ class InfluenceFunctionModel(ABC):
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
         *,
         reduction: Reduction = "mean",
-        unpack: Unpack | None = None,
+        unpack: RawUnpack | None = None,
         cache: str | bool | int = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -218,10 +229,7 @@ class InfluenceFunctionModel(ABC):
         """What `fit` finds; `known` are mean eigenvalues that need not be estimated."""
         randomness = digest_of_generator(self.generator)
         operator = self._curvature(dataloader)
-        num_points = fingerprint = None
-        if isinstance(operator, BatchOperator):
-            operator.check_data()
-            num_points, fingerprint = operator.stream.num_points, operator.stream.fingerprint
+        num_points, fingerprint = _checked_data(operator)
         provider = GradientProvider(self._objective_of(operator))
         blocks = {
             name: self._fitted_block(name, block, (known or {}).get(name))
@@ -678,6 +686,18 @@ class InfluenceFunctionModel(ABC):
         return "\n".join(lines)
 
     _arguments: Mapping[str, object]
+
+
+def _checked_data(operator: TensorOperator) -> tuple[int | None, str | None]:
+    """The number of points under an operator and a hash of them, after a check of every batch."""
+    streams = []
+    for part in batch_operators(operator):
+        part.check_data()
+        streams.append(part.stream)
+    if not streams:
+        return None, None
+    fingerprints = dict.fromkeys(str(stream.fingerprint) for stream in streams)
+    return streams[0].num_points, " ".join(fingerprints)
 
 
 def _checked_inverse(inverse: object, operator: TensorOperator) -> TensorOperator:

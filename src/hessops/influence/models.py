@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.functional.nystroem import operator_nystroem_approximation
 from hessops.influence.blocks import BlockStructure
 from hessops.influence.damping import Regularization
-from hessops.influence.model import InfluenceFunctionModel
+from hessops.influence.model import CommonSettings, InfluenceFunctionModel
 from hessops.influence.modes import BlockMode, SecondOrderMode
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
@@ -80,15 +81,10 @@ class CgInfluence(InfluenceFunctionModel):
 
     See `hessops.CgOperator` for the arguments after `second_order_mode`, the outcomes of a solve
     and what is raised; ``inverses[block].solve(rhs)`` tells how well a right-hand side was solved.
-    A `preconditioner` is fitted to each block by `fit`. Other arguments and errors are those of
+    A `preconditioner` is fitted to each block by `fit`. All other arguments and errors are those of
     `InfluenceFunctionModel`.
 
     Args:
-        model: As of `InfluenceFunctionModel`, like the next four and `kwargs`.
-        loss: ``loss(output, target)``.
-        regularization: λ.
-        block_structure: Which parameters interact.
-        second_order_mode: Which curvature.
         rtol: Relative tolerance; ``None`` is 1e-7 in float64 and 1e-4 in float32.
         atol: Absolute tolerance.
         maxiter: Most steps; ``None`` is ten times the size of the block.
@@ -122,9 +118,9 @@ class CgInfluence(InfluenceFunctionModel):
         preconditioner: Preconditioner | TensorOperator | None = None,
         use_block_cg: bool = False,
         warn_on_max_iteration: bool = True,
-        **kwargs: Any,
+        **common: Unpack[CommonSettings],
     ) -> None:
-        super().__init__(model, loss, regularization, block_structure, second_order_mode, **kwargs)
+        super().__init__(model, loss, regularization, block_structure, second_order_mode, **common)
         if isinstance(preconditioner, TensorOperator) and len(self.block_names) > 1:
             raise ArgumentTypeError(
                 "preconditioner is an operator, which fits one block only, and there are "
@@ -158,15 +154,10 @@ class LissaInfluence(InfluenceFunctionModel):
     """Influences by LiSSA, a recursion over the batches of the training data.
 
     See `hessops.LissaOperator` for the arguments after `second_order_mode`, what the recursion
-    tends to, and what is raised where it diverges. Other arguments and errors are those of
+    tends to, and what is raised where it diverges. All other arguments and errors are those of
     `InfluenceFunctionModel`.
 
     Args:
-        model: As of `InfluenceFunctionModel`, like the next four and `kwargs`.
-        loss: ``loss(output, target)``.
-        regularization: λ.
-        block_structure: Which parameters interact.
-        second_order_mode: Which curvature.
         maxiter: Most steps; a step is one batch.
         dampen: d, 0 <= d < 2, which adds d·s to the diagonal.
         scale: s, or ``"auto"``.
@@ -203,9 +194,9 @@ class LissaInfluence(InfluenceFunctionModel):
         warn_on_max_iteration: bool = True,
         *,
         num_chains: int = 1,
-        **kwargs: Any,
+        **common: Unpack[CommonSettings],
     ) -> None:
-        super().__init__(model, loss, regularization, block_structure, second_order_mode, **kwargs)
+        super().__init__(model, loss, regularization, block_structure, second_order_mode, **common)
         if h0 is not None and len(self.block_names) > 1:
             raise ArgumentError(
                 f"h0 is for one block, and there are {len(self.block_names)}: leave it out"
@@ -228,15 +219,12 @@ class LissaInfluence(InfluenceFunctionModel):
                 "LissaOperator.from_operator in an Influence"
             )
         settings: dict[str, Any] = self._settings
-        stream = operator.stream
         return LissaOperator(
             operator.batch_operation,
-            stream.data,
+            operator.stream,
             regularization,
             **settings,
             generator=self.generator,
-            unpack=stream.unpack,
-            cache=stream.cache,
         )
 
     def _reinvert(
@@ -251,11 +239,13 @@ class _LowRankInfluence(InfluenceFunctionModel):
 
     needs_data = False
 
-    # Whether the complement of the eigenpairs is inverted too, as 1/λ.
-    _exact: bool
-
+    @abstractmethod
     def _pairs(self, operator: TensorOperator) -> LowRankProductRepresentation:
-        raise NotImplementedError
+        """The hook for the eigenpairs of a block."""
+
+    @abstractmethod
+    def _inverts_complement(self, regularization: float) -> bool:
+        """The hook for whether what the eigenpairs leave out is inverted too, as 1/λ."""
 
     def _approximate(self, operator: TensorOperator) -> TensorOperator:
         return LowRankProductOperator(self._pairs(operator), space=operator.space)
@@ -266,9 +256,6 @@ class _LowRankInfluence(InfluenceFunctionModel):
         if regularization == 0:
             pairs = _without_zeros(pairs)
         return LowRankOperator(pairs, regularization, exact, space=operator.space)
-
-    def _inverts_complement(self, regularization: float) -> bool:
-        return self._exact
 
 
 def _without_zeros(pairs: LowRankProductRepresentation) -> LowRankProductRepresentation:
@@ -298,11 +285,6 @@ class ArnoldiInfluence(_LowRankInfluence):
     to `eigen_computation_on_gpu`. Other arguments and errors are those of `InfluenceFunctionModel`.
 
     Args:
-        model: As of `InfluenceFunctionModel`, like the next four and `kwargs`.
-        loss: ``loss(output, target)``.
-        regularization: λ; positive with `use_woodbury`.
-        block_structure: Which parameters interact.
-        second_order_mode: Which curvature.
         rank: r; all eigenpairs of a block that is not larger.
         krylov_dimension: Vectors of the Krylov basis.
         tol: Relative accuracy of the eigenvalues.
@@ -334,15 +316,15 @@ class ArnoldiInfluence(_LowRankInfluence):
         max_iter: int | None = None,
         eigen_computation_on_gpu: bool = False,
         use_woodbury: bool = False,
-        **kwargs: Any,
+        **common: Unpack[CommonSettings],
     ) -> None:
-        super().__init__(model, loss, regularization, block_structure, second_order_mode, **kwargs)
+        super().__init__(model, loss, regularization, block_structure, second_order_mode, **common)
         self.rank = checked_count(rank, "rank")
         self.krylov_dimension = krylov_dimension
         self.tol = checked_number(tol, "tol", minimum=0)
         self.max_iter = max_iter
         self.eigen_computation_on_gpu = eigen_computation_on_gpu
-        self.use_woodbury = self._exact = use_woodbury
+        self.use_woodbury = use_woodbury
 
     def _pairs(self, operator: TensorOperator) -> LowRankProductRepresentation:
         return operator_spectral_approximation(
@@ -354,6 +336,9 @@ class ArnoldiInfluence(_LowRankInfluence):
             self.eigen_computation_on_gpu,
             generator=self.generator,
         )
+
+    def _inverts_complement(self, regularization: float) -> bool:
+        return self.use_woodbury
 
 
 class NystroemSketchInfluence(_LowRankInfluence):
@@ -368,11 +353,6 @@ class NystroemSketchInfluence(_LowRankInfluence):
     `IndefiniteSketchWarning`. Other arguments and errors are those of `InfluenceFunctionModel`.
 
     Args:
-        model: As of `InfluenceFunctionModel`, like the next four and `kwargs`.
-        loss: ``loss(output, target)``.
-        regularization: λ.
-        block_structure: Which parameters interact.
-        second_order_mode: Which curvature.
         rank: Columns of the sketch of each block; its size where that is smaller.
 
     Example:
@@ -394,9 +374,9 @@ class NystroemSketchInfluence(_LowRankInfluence):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
         rank: int = 10,
-        **kwargs: Any,
+        **common: Unpack[CommonSettings],
     ) -> None:
-        super().__init__(model, loss, regularization, block_structure, second_order_mode, **kwargs)
+        super().__init__(model, loss, regularization, block_structure, second_order_mode, **common)
         self.rank = checked_count(rank, "rank")
 
     def _pairs(self, operator: TensorOperator) -> LowRankProductRepresentation:
@@ -414,14 +394,11 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
 
     (Kwon et al. 2024, DataInf, who take :math:`\lambda` = ``Damping(relative=0.1)`` for each
     layer), in place of the inverse of the empirical Gauss-Newton matrix. `fit` is one pass that
-    checks the data; factors are one pass. Other arguments and errors are those of
+    checks the data; factors are one pass. All other arguments and errors are those of
     `InfluenceFunctionModel`.
 
     Args:
-        model: As of `InfluenceFunctionModel`, like the next three and `kwargs`.
-        loss: ``loss(output, target)``.
         regularization: λ > 0; a relative one is of the mean of :math:`\lVert g_i\rVert^2 / P`.
-        block_structure: Which parameters interact.
 
     Raises:
         ArgumentError: `regularization` is not positive.
@@ -444,15 +421,15 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
         loss: Loss,
         regularization: Regularization,
         block_structure: BlockStructure = BlockMode.FULL,
-        **kwargs: Any,
+        **common: Unpack[CommonSettings],
     ) -> None:
-        if "second_order_mode" in kwargs:
+        if "second_order_mode" in common:
             raise ArgumentTypeError(
                 "second_order_mode is not a choice here: it is the empirical Gauss-Newton matrix "
                 "that is inverted"
             )
         super().__init__(
-            model, loss, regularization, block_structure, SecondOrderMode.GAUSS_NEWTON, **kwargs
+            model, loss, regularization, block_structure, SecondOrderMode.GAUSS_NEWTON, **common
         )
         for name, damping in self._dampings.items():
             value = damping if isinstance(damping, float) else damping.relative
@@ -484,11 +461,6 @@ class Influence(InfluenceFunctionModel):
     r"""Influences by any recipe from an operator to its inverse.
 
     Args:
-        model: As of `InfluenceFunctionModel`, like the next four and `kwargs`.
-        loss: ``loss(output, target)``.
-        regularization: λ.
-        block_structure: Which parameters interact.
-        second_order_mode: Which curvature.
         inverse: From the operator :math:`A + \lambda I` of a block to its inverse, like the
             argument of `hessops.TensorOperator.inverse`: a class of solver, one with arguments
             bound to it, or a function. ``None`` is `hessops.CgOperator`.
@@ -523,9 +495,9 @@ class Influence(InfluenceFunctionModel):
         inverse: InverseRecipe | None = None,
         *,
         curvature: CurvatureRecipe | None = None,
-        **kwargs: Any,
+        **common: Unpack[CommonSettings],
     ) -> None:
-        super().__init__(model, loss, regularization, block_structure, second_order_mode, **kwargs)
+        super().__init__(model, loss, regularization, block_structure, second_order_mode, **common)
         for name, recipe in (("inverse", inverse), ("curvature", curvature)):
             if recipe is not None and not callable(recipe):
                 raise ArgumentTypeError(f"{name} must be callable, got {type(recipe).__name__}")

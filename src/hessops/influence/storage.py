@@ -23,7 +23,7 @@ from hessops.influence.description import (
 )
 from hessops.influence.files import PARTIAL, write_whole
 from hessops.influence.model import InfluenceFunctionModel
-from hessops.operators.curvature import BatchOperator
+from hessops.operators.curvature import batch_operators
 from hessops.streaming import Batch
 
 if TYPE_CHECKING:
@@ -81,16 +81,17 @@ def manifest_of(
 
 def _require_repeatable(model: InfluenceFunctionModel) -> None:
     """Raises `DataError` where a solve that is made again may be rounded differently."""
-    for block in model.fitted.blocks.values():
-        operator = block.operator
-        if not model.needs_data or not isinstance(operator, BatchOperator):
-            continue
-        if not (operator.stream.is_cached or operator.stream.has_fixed_order):
-            raise DataError(
-                "the model was fitted with a loader whose order may differ from pass to pass, so "
-                "that a run that is resumed would not give the same bytes; fit with shuffle=False, "
-                "or keep the data on the device (cache=True)"
-            )
+    operators = [block.operator for block in model.fitted.blocks.values()]
+    if not model.needs_data:
+        return
+    for operator in operators:
+        for part in () if operator is None else batch_operators(operator):
+            if not (part.stream.is_cached or part.stream.has_fixed_order):
+                raise DataError(
+                    "the model was fitted with a loader whose order may differ from pass to pass, "
+                    "so that a run that is resumed would not give the same bytes; fit with "
+                    "shuffle=False, or keep the data on the device (cache=True)"
+                )
 
 
 def _zarr() -> Any:

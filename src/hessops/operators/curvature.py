@@ -18,9 +18,9 @@ from hessops.batch.hessian import HessianBatchOperation
 from hessops.batch.inverse_harmonic_mean import InverseHarmonicMeanBatchOperation
 from hessops.batch.model import Mode, ModelBatchOperation
 from hessops.batch.operation import BatchOperation
-from hessops.errors import ArgumentTypeError, StructureError
+from hessops.errors import ArgumentError, ArgumentTypeError, StructureError
 from hessops.isolation import isolated
-from hessops.operators.base import TensorDictOperator
+from hessops.operators.base import TensorDictOperator, TensorOperator
 from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
 from hessops.streaming import Batch, BatchStream, Unpack
@@ -39,7 +39,8 @@ class BatchOperator(TensorDictOperator):
 
     Args:
         batch_operation: m.
-        dataloader: A ``DataLoader``, list of batches or other iterable that can be iterated again.
+        dataloader: A ``DataLoader``, list of batches or other iterable that can be iterated again;
+            or a `BatchStream`, which is shared and needs none of the arguments from `cache` on.
         averaging: The weights w; ``PointAveraging()`` makes the result independent of how the data
             are split into batches.
         cache: ``"auto"`` keeps all batches on the device when they fit 1 GiB; ``True``, ``False``
@@ -92,14 +93,17 @@ class BatchOperator(TensorDictOperator):
         )
         self.batch_operation = batch_operation
         self.averaging = averaging
-        self.stream = BatchStream(
-            dataloader,
-            device=self.device,
-            unpack=unpack,
-            cache=cache,
-            progress=progress,
-            same_batches=averaging.depends_on_batches,
-        )
+        if isinstance(dataloader, BatchStream):
+            self.stream = _shared(dataloader, self.device, averaging)
+        else:
+            self.stream = BatchStream(
+                dataloader,
+                device=self.device,
+                unpack=unpack,
+                cache=cache,
+                progress=progress,
+                same_batches=averaging.depends_on_batches,
+            )
         self._is_checked = False
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
@@ -184,6 +188,28 @@ class BatchOperator(TensorDictOperator):
 
     def _source(self) -> str:
         return type(self.batch_operation).__name__
+
+
+def _shared(stream: BatchStream, device: torch.device, averaging: Averaging) -> BatchStream:
+    """A stream for another operator, which keeps no second copy of the data.
+
+    Raises:
+        ArgumentError: It does not watch over the batches that the averaging weighs.
+    """
+    if averaging.depends_on_batches and not stream.same_batches:
+        raise ArgumentError(
+            f"dataloader is a BatchStream that accepts other batches of the same points, but "
+            f"{averaging!r} depends on them: make it with same_batches=True"
+        )
+    return stream if stream.device == device else stream.to(device)
+
+
+def batch_operators(operator: TensorOperator) -> Iterator[BatchOperator]:
+    """The parts of an operator that pass over data."""
+    if isinstance(operator, BatchOperator):
+        yield operator
+    for child in operator._children():
+        yield from batch_operators(child)
 
 
 class CurvatureOperator(BatchOperator):
