@@ -383,3 +383,13 @@ def test_the_memory_of_every_stage_is_told_before() -> None:
     assert up.factors > up.gradients > 4 * 8 * data.model.space.size
     assert up.peak < 10 * 2**20
     assert "result" in str(up)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by /proc of Linux")
+def test_the_estimated_memory_is_the_measured_one_to_a_factor_of_three() -> None:
+    command = [sys.executable, str(HERE / "stage_memory.py")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    for model, stages in json.loads(finished.stdout).items():
+        for stage, (estimated, measured) in stages.items():
+            print(f"{model}, {stage}: estimated {estimated:.0f} MiB, measured {measured:.0f} MiB")
+            assert estimated / 3 < measured < 3 * estimated, (model, stage)

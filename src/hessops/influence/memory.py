@@ -74,6 +74,8 @@ def estimated_memory(
         of_test, of_train = _retained(objective, first_test), _retained(objective, first_train)
     factors = first_test.size * space.size * itemsize
     columns = min(first_test.size, columns_that_fit(space, of_train))
+    # A stacked product holds a few vectors and the gradients of the activations for each column.
+    product = columns * (4 * space.size * itemsize + of_train) if model.needs_data else 0
     scored = _inputs_of(first_train) if mode is InfluenceMode.PERTURBATION else 1
     # A graph that is differentiated again retains about three times what a forward does.
     scores = factors + 3 * of_train + columns * of_train
@@ -82,7 +84,7 @@ def estimated_memory(
     return MemoryEstimate(
         fit=_held_by(model),
         gradients=2 * factors + min(GRADIENT_BYTES, factors) + of_test,
-        factors=SOLVER_VECTORS * factors + 3 * of_train,
+        factors=SOLVER_VECTORS * factors + 3 * of_train + product,
         scores=scores,
         result=num_points * scored * itemsize,
     )
