@@ -600,6 +600,41 @@ def test_a_model_of_ten_lines_has_everything(problem: Problem, tmp_path: Path) -
     assert torch.equal(again.influences(x, y), influence.influences(x, y))
 
 
+def test_what_decides_a_result_is_in_the_configuration(problem: Problem) -> None:
+    """Equal for what computes the same; another one for every part that may not be equal."""
+
+    def own(rank: int, slope: float, power: float, tolerance: float) -> dict[str, object]:
+        class Own(InfluenceFunctionModel):
+            if rank == 3:
+
+                def _invert(self, operator, regularization):
+                    return MinresOperator(operator, regularization, rtol=1e-3)
+            else:
+
+                def _invert(self, operator, regularization):
+                    return MinresOperator(operator, regularization, rtol=1e-4)
+
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            return ((output - target).abs() ** power).mean()
+
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, self.slope = nn.Linear(2, 1), slope
+
+            def forward(self, x: Tensor) -> Tensor:
+                return nn.functional.leaky_relu(self.layer(x), self.slope)
+
+        recipe = partial(MinresOperator, rtol=tolerance)
+        model = Influence(Scaled(), loss, 0.1, inverse=recipe)
+        return {**Own(Scaled(), loss, 0.1).configuration(), "recipe": model.configuration()}
+
+    same = own(3, 0.1, 2.0, 1e-3)
+    assert same == own(3, 0.1, 2.0, 1e-3)
+    for other in ((4, 0.1, 2.0, 1e-3), (3, 0.2, 2.0, 1e-3), (3, 0.1, 2.5, 1e-3), (3, 0.1, 2.0, 1)):
+        assert same != own(*other)
+
+
 def test_any_curvature_and_any_recipe(problem: Problem) -> None:
     def mixture(model, loss, data, names):
         from hessops import GeneralizedGaussNewtonOperator

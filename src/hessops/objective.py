@@ -95,6 +95,11 @@ class Objective:
         """The model's own copy, for its structure; use `params` for values."""
         return self._snapshot.module
 
+    @property
+    def loss(self) -> Loss:
+        """The loss, its own copy where it is a module."""
+        return self._point_loss.function
+
     def refresh(self) -> Self:
         """Takes a new copy of the user's model as it is now, in place; returns itself."""
         self._hold(self._snapshot.refreshed())

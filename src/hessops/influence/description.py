@@ -22,6 +22,8 @@ from hessops.streaming import Batch
 Description: TypeAlias = (
     "str | int | float | bool | list[Description] | dict[str, Description] | None"
 )
+# Packages whose versions a manifest has, or that change with Python.
+_VERSIONED = ("hessops", "torch", "numpy", "scipy", "builtins", "abc", "typing", "collections")
 # What an object is made of is followed this far.
 MAX_DEPTH = 6
 
@@ -129,13 +131,56 @@ def _composed(value: object, depth: int) -> Description:
         return {"of": describe(value.__self__, depth), "function": describe(value.__func__, depth)}
     if isinstance(value, FunctionType):
         return _function(value, depth)
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
+    if isinstance(value, type):
+        return describe_class(value)
+    if not hasattr(value, "__dict__"):
         return _qualified(value if hasattr(value, "__qualname__") else type(value))
     names: Iterable[str] = (
         [field.name for field in fields(value)] if is_dataclass(value) else vars(value)
     )
     attributes = {name: describe(getattr(value, name), depth) for name in names}
-    return {"class": _qualified(type(value)), **attributes}
+    return {"class": describe_class(type(value)), **attributes}
+
+
+def describe_class(kind: type) -> Description:
+    """The name of a class; and the code of its methods, unless the version of a package is enough.
+
+    Example:
+        >>> from hessops.influence.description import describe_class
+        >>> describe_class(dict)
+        'builtins.dict'
+    """
+    methods: dict[str, Description] = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in _VERSIONED:
+            continue
+        for name, member in vars(base).items():
+            member = getattr(member, "__func__", getattr(member, "fget", member))
+            member = getattr(member, "__wrapped__", member)
+            if isinstance(member, FunctionType):
+                methods.setdefault(name, _code(member.__code__))
+    if not methods:
+        return _qualified(kind)
+    return {"class": _qualified(kind), "methods": methods}
+
+
+def describe_modules(module: nn.Module) -> Description:
+    """The classes and plain attributes of a module and all inside, without their tensors."""
+    return {
+        name: {
+            "class": describe_class(type(part)),
+            "attributes": {
+                key: describe(value)
+                for key, value in vars(part).items()
+                if not key.startswith("_") and key != "training" and _is_plain(value)
+            },
+        }
+        for name, part in module.named_modules()
+    }
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str, tuple, list, FunctionType, partial))
 
 
 def _function(function: FunctionType, depth: int) -> Description:
@@ -152,10 +197,16 @@ def _code(code: CodeType) -> str:
     """A hash of instructions, names and constants, those of functions inside included."""
     digest = hashlib.sha256(code.co_code)
     digest.update("|".join(code.co_names).encode())
-    for constant in code.co_consts:
-        text = _code(constant) if isinstance(constant, CodeType) else repr(constant)
-        digest.update(text.encode())
+    digest.update("|".join(map(_constant, code.co_consts)).encode())
     return digest.hexdigest()
+
+
+def _constant(value: object) -> str:
+    if isinstance(value, CodeType):
+        return _code(value)
+    if isinstance(value, frozenset):  # its order differs from one process to another
+        return str(sorted(map(_constant, value)))
+    return str(list(map(_constant, value))) if isinstance(value, tuple) else repr(value)
 
 
 def _qualified(value: object) -> str:

@@ -31,7 +31,13 @@ from hessops.influence.damping import (
     mean_eigenvalue,
     resolved,
 )
-from hessops.influence.description import Description, describe, digest_of_generator
+from hessops.influence.description import (
+    Description,
+    describe,
+    describe_class,
+    describe_modules,
+    digest_of_generator,
+)
 from hessops.influence.fitted import FittedBlock, FittedModel
 from hessops.influence.gradients import GradientProvider, checked_factors
 from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode, checked_mode
@@ -655,12 +661,16 @@ class InfluenceFunctionModel(ABC):
     def configuration(self) -> dict[str, Description]:
         """The settings, in values that JSON has; equal for models that compute the same."""
         blocks = sorted(self._blocks.items())
+        model, loss = self.model, self.loss
+        if self._fit is not None:  # as they were then
+            model, loss = self._fit.provider.objective.model, self._fit.provider.objective.loss
         return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "class": describe_class(type(self)),
             "blocks": {name: list(block.names) for name, block in blocks},
             "regularization": {name: describe(self._dampings[name]) for name, _ in blocks},
             "settings": describe(self._settings_in_full()),
-            "loss": describe(self.loss),
+            "model": describe_modules(model),
+            "loss": describe(loss),
         }
 
     def _settings_in_full(self) -> dict[str, object]:

@@ -74,6 +74,7 @@ def manifest_of(
             "torch": torch.__version__,
             "numpy": np.__version__,
             "zarr": _zarr().__version__,
+            "python": platform.python_version(),
             "machine": platform.machine(),
         },
     }
