@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import zarr
@@ -14,6 +16,7 @@ from reference import relative_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from hessops import MatrixOperator
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -28,8 +31,10 @@ from hessops.errors import (
 from hessops.influence import (
     CgInfluence,
     DirectInfluence,
+    Influence,
     InfluenceFunctionModel,
     LazyInfluences,
+    LissaInfluence,
     SequentialInfluenceCalculator,
 )
 
@@ -411,3 +416,153 @@ def test_the_estimated_memory_is_the_measured_one_to_a_factor_of_three() -> None
         for stage, (estimated, measured) in stages.items():
             print(f"{model}, {stage}: estimated {estimated:.0f} MiB, measured {measured:.0f} MiB")
             assert estimated / 3 < measured < 3 * estimated, (model, stage)
+
+
+# --- what a killed run may leave, and others may do --------------------------------------------
+
+
+def test_a_dataset_that_turns_is_noticed() -> None:
+    data = Collections()
+    p = data.problem
+
+    class Turned(torch.utils.data.Dataset):
+        passes = 0
+
+        def __len__(self) -> int:
+            return 13
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            self.passes += index == 0
+            place = (index + self.passes) % 13
+            return p.x[place], p.y[place]
+
+    loader = DataLoader(Turned(), batch_size=5)
+    with pytest.raises(DataChangedError, match="train_loader gave another batch"):
+        data.calculator.influences(data.test, loader).compute()
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_inputs_of_several_shapes_have_no_perturbation(first: int, tmp_path: Path) -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).sum(dim=1)
+
+    lengths = (first, 6 - first)
+    ragged = [(torch.randn(2, n, 2).double(), torch.randn(2, 1).double()) for n in lengths]
+    model = DirectInfluence(Summed(), nn.MSELoss(), 0.1).fit(ragged)
+    lazy = SequentialInfluenceCalculator(model).influences(ragged[:1], ragged, "perturbation")
+    with pytest.raises(ShapeError, match="batch 1 of the training points"):
+        lazy.compute()
+    with pytest.raises(ShapeError, match="batch 1 of the training points"):
+        lazy.to_zarr(tmp_path / "a")
+    up = SequentialInfluenceCalculator(model).influences(ragged[:1], ragged)
+    assert up.compute().shape == (2, 4)
+
+
+def test_a_chunk_that_is_not_whole_is_computed_again(tmp_path: Path) -> None:
+    data = Collections()
+    array = data.lazy().to_zarr(tmp_path / "a", row_chunk=2, column_chunk=5)
+    complete = array[...].copy()
+    chunks = [tmp_path / "a" / "c" / place for place in ("0/0", "1/1", "2/2")]
+    chunks[0].write_bytes(b"")
+    chunks[1].write_bytes(chunks[1].read_bytes()[:-3])
+    chunks[2].write_bytes(chunks[2].read_bytes() + b"more")
+    again = data.lazy().to_zarr(tmp_path / "a", row_chunk=2, column_chunk=5)
+    assert (again[...] == complete).all()
+
+
+def test_a_chunk_that_is_damaged_is_an_error_when_it_is_read(tmp_path: Path) -> None:
+    data = Collections()
+    array = data.lazy().to_zarr(tmp_path / "a", row_chunk=2, column_chunk=5)
+    chunk = tmp_path / "a" / "c" / "1" / "1"
+    content = bytearray(chunk.read_bytes())
+    content[7] ^= 1
+    chunk.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="checksum"):
+        array[...]
+
+
+def test_a_description_of_another_array_is_refused(tmp_path: Path) -> None:
+    data = Collections()
+    data.lazy().to_zarr(tmp_path / "a")
+    described = tmp_path / "a" / "zarr.json"
+    text = described.read_text()
+    described.write_text(text.replace("float64", "float32"))
+    with pytest.raises(StoreError, match="float32"):
+        data.lazy().to_zarr(tmp_path / "a")
+    described.write_text(text[: len(text) // 2])
+    with pytest.raises(StoreError, match="no zarr array"):
+        data.lazy().to_zarr(tmp_path / "a")
+
+
+def test_factors_of_another_model_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
+    data = Collections()
+    other = SequentialInfluenceCalculator(data.model.with_regularization(0.5))
+    foreign = other.influence_factors(data.test)
+    data.calculator.influences_from_factors(foreign, data.train).to_zarr(tmp_path / "a")
+    with pytest.raises(StoreError, match="test"):
+        data.lazy().to_zarr(tmp_path / "a")
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 7), (13,)])
+def test_other_batches_of_the_same_training_points_are_another_computation(
+    sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    p = Problem(num_train=13)
+    model = CASES["lissa"].build(p, "full").fit(p.batches((5, 5, 3)))
+    points = p.batches((13,))
+    SequentialInfluenceCalculator(model).influences(points, points).to_zarr(tmp_path / "a")
+    model.fit(p.batches(sizes))
+    with pytest.raises(StoreError, match="fit data"):
+        SequentialInfluenceCalculator(model).influences(points, points).to_zarr(tmp_path / "a")
+
+
+def test_lissa_with_a_generator_of_its_own_is_not_stored(tmp_path: Path) -> None:
+    p = Problem(num_train=13)
+    settings = {"second_order_mode": "generalized_gauss_newton", "warn_on_max_iteration": False}
+    generator = torch.Generator().manual_seed(0)
+    model = LissaInfluence(p.model, p.loss, 0.1, maxiter=5, generator=generator, **settings)
+    points = p.batches((13,))
+    lazy = SequentialInfluenceCalculator(model.fit(points)).influences(points, points)
+    with pytest.raises(DataError, match="generator"):
+        lazy.to_zarr(tmp_path / "a")
+
+
+def test_matrices_that_came_from_elsewhere_are_part_of_the_manifest(tmp_path: Path) -> None:
+    p = Problem()
+    points = p.batches((7,))
+
+    def stored(scale: float) -> None:
+        matrix = MatrixOperator(scale * torch.eye(27, dtype=torch.float64))
+        model = Influence(p.model, p.loss, 0.1, curvature=partial(_returned, matrix))
+        calculator = SequentialInfluenceCalculator(model.fit(points))
+        calculator.influences(points, points).to_zarr(tmp_path / "a")
+
+    stored(1.0)
+    stored(1.0)
+    with pytest.raises(StoreError, match="another computation"):
+        stored(2.0)
+
+
+def _returned(operator: object, *arguments: object) -> object:
+    return operator
+
+
+def test_factors_that_are_none_are_refused() -> None:
+    data = Collections()
+    calculator, size = data.calculator, data.model.space.size
+    with pytest.raises(ShapeError, match="no rows"):
+        calculator.influences_from_factors(torch.zeros(0, size).double(), data.train)
+    masked = np.ma.masked_array(np.zeros((2, size)), mask=True)
+    with pytest.raises(ArgumentTypeError, match="mask"):
+        calculator.influences_from_factors(masked, data.train).compute()
+    with pytest.raises(DtypeError, match="object"):
+        calculator.influences_from_factors(np.full((2, size), None), data.train).compute()
+    turned = np.ones((2, size), dtype=">f8")[::-1]
+    assert calculator.influences_from_factors(turned, data.train).compute().shape == (2, 13)
+    with pytest.raises(ArgumentError, match="row_chunk"):
+        calculator.influence_factors(data.test).to_zarr("never", row_chunk=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,13 @@ from reference import relative_error
 from torch import Tensor, nn
 
 from hessops import (
+    Batch,
     CgOperator,
+    DirectSolveOperator,
+    GeneralizedGaussNewtonOperator,
     HessianOperator,
     JacobiPreconditioner,
+    LissaOperator,
     MatrixOperator,
     MinresOperator,
     NystroemPreconditioner,
@@ -24,16 +29,19 @@ from hessops import (
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
+    DataChangedError,
     DataError,
     DtypeError,
     HessopsError,
     LossError,
+    ModelError,
     NonFiniteError,
     NotFittedError,
     ParameterNameError,
     ShapeError,
     SingularOperatorError,
     StoreError,
+    StructureError,
     TrainingModeError,
     UncoveredParametersWarning,
 )
@@ -233,6 +241,9 @@ def test_modes_are_equal_by_name(mode: str, problem: Problem) -> None:
         (lambda i, x, y: i.influences_from_factors({"gain": x}, x, y), "missing"),
         (lambda i, x, y: i.influences_from_factors_by_block({"other": x}, x, y), "blocks"),
         (lambda i, x, y: i.influences(x, y, y=y), "y is given without x"),
+        (lambda i, x, y: i.influences(x, y, x), "x is given without y"),
+        (lambda i, x, y: i.explore_regularization(x, y, 0.1), "values"),
+        (lambda i, x, y: i.explore_regularization(x, y, [{"full": 0.1}]), "values"),
         (lambda i, x, y: i.influences(x.float(), y), "float"),
         (lambda i, x, y: i.influences(x[:2], y), "2"),
         (lambda i, x, y: i.influences(x / 0, y), "NaN"),
@@ -257,6 +268,9 @@ def test_bad_input_is_an_error_that_names_it(call, argument: str, problem: Probl
         (lambda m, f: DirectInfluence(m, f, 0.1, second_order_mode="fisher"), "second_order_mode"),
         (lambda m, f: DirectInfluence(m, f, 0.1, "by_layer"), "block_structure"),
         (lambda m, f: Damping(relative=-1.0), "relative"),
+        (lambda m, f: DirectInfluence(m, f, b"a"), "regularization"),
+        (lambda m, f: DirectInfluence(m, f, 0.1, generator=5), "generator"),
+        (lambda m, f: DirectInfluence(m, f, 0.1, unpack=5), "unpack"),
         (lambda m, f: InverseHarmonicMeanInfluence(m, f, 0.0), "regularization"),
         (lambda m, f: InverseHarmonicMeanInfluence(m, f, Damping(0.0)), "regularization"),
         (
@@ -774,3 +788,306 @@ def test_nan_gradients_are_an_error() -> None:
     influence.fit([(x, y)])
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
         influence.influences(torch.zeros(1, 1), torch.ones(1, 1))
+
+
+# --- what is bound to the model, its loss and its data ----------------------------------------
+
+
+def test_a_curvature_of_another_loss_leaves_the_gradients_those_of_the_loss(
+    problem: Problem,
+) -> None:
+    """Spelled as one operator or as a sum, the matrix is replaced and nothing else."""
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.2)
+
+    def one(model, loss, data, names):
+        return GeneralizedGaussNewtonOperator(model, smoothed, data, names)
+
+    def as_a_sum(model, loss, data, names):
+        return 0.5 * one(model, loss, data, names) + 0.5 * one(model, loss, data, names)
+
+    x, y = problem.x_test, problem.y_test
+    found = [
+        Influence(problem.model, problem.loss, 1e-2, curvature=recipe, inverse=MinresOperator)
+        .fit(problem.batches())
+        .influences(x, y)
+        for recipe in (one, as_a_sum)
+    ]
+    assert relative_error(found[0], found[1]) < 1e-6
+    dense = one(problem.model, None, problem.batches(), problem.names).to_dense()
+    rows = problem.gradients(x, y)
+    identity = torch.eye(len(dense), dtype=torch.float64)
+    expected = rows @ torch.linalg.solve(dense + 1e-2 * identity, rows.T)
+    assert relative_error(found[0], expected) < 1e-6
+
+
+def test_a_curvature_on_other_parameters_is_refused(problem: Problem) -> None:
+    def on_others(model, loss, data, names):
+        return HessianOperator(model, loss, data, ["last.bias"])
+
+    structure = {"a": ["gain"], "b": ["inner.0.bias"]}
+    with pytest.warns(UncoveredParametersWarning):
+        influence = Influence(problem.model, problem.loss, 1.0, structure, curvature=on_others)
+    with pytest.raises(StructureError, match="curvature returned an operator on"):
+        influence.fit(problem.batches())
+
+
+def test_a_curvature_that_is_not_symmetric_is_refused() -> None:
+    x, y = torch.randn(5, 2), torch.randn(5, 1)
+    skewed = MatrixOperator(torch.tensor([[2.0, 1.0], [0.0, 2.0]]))
+    influence = Influence(
+        nn.Linear(2, 1, bias=False),
+        nn.MSELoss(),
+        inverse=DirectSolveOperator,
+        curvature=lambda m, f, d, names: skewed,
+    )
+    with pytest.raises(StructureError, match="not symmetric"):
+        influence.fit([(x, y)])
+
+
+def test_a_loss_that_is_an_object_is_that_of_the_fit(problem: Problem) -> None:
+    class Weighted:
+        weight = 1.0
+
+        def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+            return self.weight * nn.functional.cross_entropy(output, target)
+
+    loss = Weighted()
+    influence = DirectInfluence(problem.model, loss, 1e-3).fit(problem.batches())
+    before = influence.influences(problem.x_test, problem.y_test)
+    loss.weight = 3.0
+    assert torch.equal(influence.influences(problem.x_test, problem.y_test), before)
+
+
+def test_the_start_of_lissa_is_copied(problem: Problem) -> None:
+    h0 = torch.zeros(27, dtype=torch.float64)
+    influence = LissaInfluence(
+        problem.model,
+        problem.loss,
+        0.1,
+        second_order_mode=GGN,
+        h0=h0,
+        maxiter=2,
+        warn_on_max_iteration=False,
+    )
+    h0 += 1.0
+    influence.fit(problem.batches())
+    lissa = influence.inverses["full"]
+    assert isinstance(lissa, LissaOperator)
+    assert not lissa.h0.any()
+
+
+def test_a_model_with_other_parameters_than_before_needs_another_influence_model() -> None:
+    model, x, y = nn.Sequential(nn.Linear(3, 3)), torch.randn(5, 3), torch.randn(5, 3)
+    influence = DirectInfluence(model, nn.MSELoss(), 0.1)
+    model.double()  # a dtype or a device may change
+    influence.fit([(x.double(), y.double())])
+    assert influence.influence_factors(x.double(), y.double()).dtype == torch.float64
+    model.append(nn.Linear(3, 3).double())
+    with pytest.raises(ModelError, match=r"changed .*'1.bias', '1.weight'"):
+        influence.fit([(x.double(), y.double())])
+
+
+def test_a_fitted_model_is_pickled_and_copied(problem: Problem) -> None:
+    influence = fitted(problem)
+    x, y = problem.x_test, problem.y_test
+    expected = influence.influences(x, y)
+    for again in (pickle.loads(pickle.dumps(influence)), copy.deepcopy(influence)):
+        assert torch.equal(again.influences(x, y), expected)
+
+
+def test_results_have_the_dtype_of_the_parameters() -> None:
+    class WideOutput(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).double()
+
+    x, y = torch.randn(5, 3), torch.randn(5, 1).double()
+    influence = DirectInfluence(WideOutput(), nn.MSELoss(), 0.1).fit([(x, y)])
+    assert influence.influences(x, y).dtype == torch.float32
+    assert influence.self_influence(x, y).dtype == torch.float32
+
+
+def test_operators_refuse_torch_func_transforms() -> None:
+    operator = MatrixOperator(torch.eye(2))
+    with pytest.raises(ArgumentTypeError, match=r"torch\.func"):
+        torch.func.grad(lambda v: operator.apply(v).sum())(torch.ones(2))
+    with pytest.raises(ArgumentTypeError, match="dense"):
+        operator.apply(torch.ones(2, 2).to_sparse())
+
+
+@pytest.mark.parametrize("model", [ArnoldiInfluence, NystroemSketchInfluence, CgInfluence])
+def test_a_layer_without_any_influence_is_no_trouble(
+    model: type[InfluenceFunctionModel],
+) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 1), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x) + 0 * self.unused.weight.sum()
+
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 1).double()
+    influence = model(Unused().double(), nn.MSELoss(), 0.1, "layer_wise").fit([(x, y)])
+    assert not influence.influences_by_block(x, y)["unused"].any()
+    assert influence.influences_by_block(x, y)["used"].any()
+
+
+# --- descriptions ------------------------------------------------------------------------------
+
+SCALE = 2.0
+
+
+def test_descriptions_tell_apart_what_may_compute_otherwise() -> None:
+    import math
+    import types
+    from dataclasses import dataclass, replace
+    from decimal import Decimal
+
+    import numpy as np
+
+    from hessops.influence.description import describe, digest_of_batch
+
+    @dataclass(frozen=True, slots=True)
+    class Slotted:
+        power: float
+
+        def __call__(self, output, target):
+            return output**self.power
+
+    class OfClass:
+        factor = 1.0
+
+    def keyword(output, *, factor=1.0):
+        return factor * output
+
+    def reads_global(output):
+        return SCALE * output
+
+    def activated(function, **attributes):
+        layer = nn.Linear(2, 1)
+        nn.init.ones_(layer.weight), nn.init.zeros_(layer.bias)
+        layer.activation = function
+        for name, value in attributes.items():
+            setattr(layer, name, value)
+        return layer
+
+    hooked = activated(torch.tanh)
+    hooked.register_forward_hook(lambda module, args, output: 2 * output)
+    pairs = [
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)),
+        (nn.HuberLoss(), nn.HuberLoss(delta=2.0)),
+        (Slotted(2.0), Slotted(3.0)),
+        (partial(keyword, factor=np.float32(1)), partial(keyword, factor=np.float32(2))),
+        (activated(torch.tanh), activated(torch.sin)),
+        (activated(torch.tanh), activated(torch.tanh, _slope=0.1)),
+        (activated(torch.tanh), activated(torch.tanh, scale=torch.ones(2))),
+        (activated(torch.tanh), activated(torch.tanh).eval()),
+        (activated(torch.tanh), hooked),
+        (Decimal(1), Decimal(2)),
+        (b"a", b"b"),
+        (list[int], list[float]),
+        (torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)),
+    ]
+    for one, other in pairs:
+        assert describe(one) != describe(other), (one, other)
+        assert describe(one) == describe(copy.deepcopy(one)), one
+    with_default = describe(keyword)
+    keyword.__kwdefaults__["factor"] = 2.0
+    assert describe(keyword) != with_default
+    before = describe(OfClass())
+    OfClass.factor = 2.0
+    assert describe(OfClass()) != before
+    before = describe(reads_global)
+    globals()["SCALE"] = 3.0
+    try:
+        assert describe(reads_global) != before
+    finally:
+        globals()["SCALE"] = 2.0
+
+    def closes_over_a_module(output):
+        return math.sqrt(2) * later(output) if False else math.pi * output
+
+    assert describe(closes_over_a_module) == describe(closes_over_a_module)
+
+    def later(output):
+        return output
+
+    assert isinstance(describe(types), str)
+    one = Batch.from_raw(({"x": torch.ones(2), "scale": 1.0}, torch.ones(2)))
+    assert digest_of_batch(one) != digest_of_batch(replace(one, x={**one.x, "scale": 2.0}))
+
+
+def test_attributes_that_are_changed_later_are_in_the_configuration(problem: Problem) -> None:
+    influence = ArnoldiInfluence(problem.model, problem.loss, 0.1)
+    before = influence.configuration()
+    influence.rank = 2
+    assert influence.configuration() != before
+
+
+def test_every_spelling_of_a_constructor_is_one_configuration(problem: Problem) -> None:
+    class Passing(DirectInfluence):
+        def __init__(self, model, loss, **more):
+            super().__init__(model, loss, **more)
+
+    one = Passing(problem.model, problem.loss, hessian_regularization=0.1)
+    other = Passing(problem.model, problem.loss, regularization=0.1)
+    assert one.configuration() == other.configuration()
+
+
+def test_numbers_in_a_batch_are_part_of_the_data() -> None:
+    class Changing(list):
+        passes = 0.0
+
+        def __iter__(self):
+            self.passes += 1.0
+            for x, y in super().__iter__():
+                yield {"x": x, "scale": self.passes}, y
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, batch):
+            return batch["scale"] * self.layer(batch["x"])
+
+    data = Changing([(torch.randn(4, 2), torch.randn(4, 1))])
+    with pytest.raises(DataChangedError):
+        DirectInfluence(Scaled(), nn.MSELoss(), 0.1).fit(data)
+
+
+def test_a_damaged_file_is_refused(problem: Problem, tmp_path: Path) -> None:
+    path = tmp_path / "fit"
+    fitted(problem, regularization=Damping(0.1)).save(path)
+    whole = torch.load(path, weights_only=True)
+    again = DirectInfluence(problem.model, problem.loss, Damping(0.1))
+
+    def refused(message: str, **changes: object) -> None:
+        torch.save({**whole, **changes}, path)
+        with pytest.raises(StoreError, match=message):
+            again.load(path)
+        assert not again.is_fitted
+
+    matrix = whole["tensors"]["full"]["matrix"].clone()
+    matrix[0, 0] += 1e-12
+    refused("damaged", tensors={"full": {**whole["tensors"]["full"], "matrix": matrix}})
+    refused("damaged", mean_eigenvalues={"full": 2 * whole["mean_eigenvalues"]["full"]})
+    refused("not a file", format="another")
+    for key in ("tensors", "checksum", "configuration"):
+        torch.save({name: value for name, value in whole.items() if name != key}, path)
+        with pytest.raises(StoreError, match=f"lacks .*{key}"):
+            again.load(path)
+    torch.save(whole, path)
+    bytes_of = path.read_bytes()
+    for length in range(0, len(bytes_of), max(1, len(bytes_of) // 40)):
+        path.write_bytes(bytes_of[:length])
+        with pytest.raises(StoreError):
+            again.load(path)
+    path.write_bytes(bytes_of)
+    with pytest.raises(StoreError, match="other training data"):
+        again.load(path, [(problem.x[:2], problem.y[:2])])
+    assert again.load(path, problem.batches()).is_fitted

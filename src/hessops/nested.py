@@ -51,6 +51,18 @@ def tensor_leaves(nested: object) -> Iterator[Tensor]:
             yield from tensor_leaves(value)
 
 
+def plain_leaves(nested: object) -> Iterator[bool | int | float | complex | str | bytes]:
+    """Yields the numbers and strings of a nesting in the order of `tensor_leaves`."""
+    if isinstance(nested, (bool, int, float, complex, str, bytes)):
+        yield nested
+    elif isinstance(nested, (tuple, list)):
+        for item in nested:
+            yield from plain_leaves(item)
+    elif isinstance(nested, Mapping):
+        for value in nested.values():
+            yield from plain_leaves(value)
+
+
 def differentiable_leaves(nested: object) -> list[Tensor]:
     """The floating-point tensors of a nesting, in the order of `tensor_leaves`."""
     return [tensor for tensor in tensor_leaves(nested) if tensor.is_floating_point()]

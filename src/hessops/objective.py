@@ -100,6 +100,12 @@ class Objective:
         """The loss, its own copy where it is a module."""
         return self._point_loss.function
 
+    def is_of(self, model: nn.Module, loss: Loss, reduction: Reduction) -> bool:
+        """Whether it was made of this very model and loss, read in this way."""
+        snapshot = self._snapshot
+        is_theirs = snapshot.users_model is model and snapshot.users_loss is loss
+        return is_theirs and reduction == self.reduction
+
     def refresh(self) -> Self:
         """Takes a new copy of the user's model as it is now, in place; returns itself."""
         self._hold(self._snapshot.refreshed())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TypeVar
 
 import torch
@@ -27,7 +28,7 @@ class ModelSnapshot:
 
     Args:
         model: Called with one argument.
-        loss: A module, which is copied, or a function, which is kept.
+        loss: A module or another object, which is copied, or a function, which is kept.
         restrict_to: The parameters to differentiate by; ``None`` takes all trainable ones.
 
     Attributes:
@@ -35,6 +36,7 @@ class ModelSnapshot:
         module: The copy of the model, for its structure; use `params` for values.
         loss: The copy of the loss.
         users_model: The original.
+        users_loss: The original.
         params: The values of the parameters of `space`, ``{name: tensor}``, without gradients.
         frozen: Those of all others.
         buffers: Those of the buffers.
@@ -64,6 +66,7 @@ class ModelSnapshot:
     module: nn.Module
     loss: Loss
     users_model: nn.Module
+    users_loss: Loss
     params: Mapping[str, Tensor]
     frozen: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
@@ -73,11 +76,11 @@ class ModelSnapshot:
         _refuse_unsuitable(model)
         _refuse_shared_parameters(model, loss)
         self.users_model = model
-        self._users_loss = loss
+        self.users_loss = loss
         self._take()
 
     def _take(self) -> None:
-        model, loss = self.users_model, self._users_loss
+        model, loss = self.users_model, self.users_loss
         _require_unchanged_parameters(model, self.space)
         # Inside inference_mode the copies would be inference tensors, which have no gradient.
         with isolated(self.space.device):
@@ -87,6 +90,9 @@ class ModelSnapshot:
             module = _copied(model, "model").to(self.space.device)
             if isinstance(loss, nn.Module):
                 loss = _copied(loss, "loss").to(self.space.device).requires_grad_(False)
+            elif not isinstance(loss, (FunctionType, BuiltinFunctionType, MethodType, type)):
+                with suppress(Exception):  # kept as it is where it cannot be copied
+                    loss = copy.deepcopy(loss)
         self._hold(module, loss)
 
     def _hold(self, module: nn.Module, loss: Loss) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from hessops.errors import (
     OneShotDataError,
 )
 from hessops.isolation import HostRandomState
-from hessops.nested import map_tensors, named_tensor_leaves, tensor_leaves
+from hessops.nested import map_tensors, named_tensor_leaves, plain_leaves, tensor_leaves
 
 _Item = TypeVar("_Item")
 Unpack = Callable[[object], tuple[object, object]]
@@ -222,6 +223,13 @@ class BatchStream:
         On the meta device, where there are no values, it is that of their number.
         """
         return None if self._first_pass is None else self._first_pass.digest()
+
+    def survey(self) -> str:
+        """The `fingerprint`, by a pass over the data if there was none."""
+        if self._first_pass is None:
+            for _ in self:
+                pass
+        return str(self.fingerprint)
 
     @property
     def is_cached(self) -> bool:
@@ -462,6 +470,7 @@ class _Fingerprint:
             words = _as_words(leaf)
             weights = _mix(torch.arange(words.shape[1], device=leaf.device)) | 1
             hashes = hashes.to(leaf.device) + _mix((words * weights).sum(dim=1) + salt + 1)
+        hashes = hashes + _word_of(list(plain_leaves((batch.x, batch.y))))
         of_batch = _mix(hashes.expand(batch.size)).sum()
         self._sums.append(_mix(of_batch) if self.by_batch else of_batch)
 
@@ -506,6 +515,13 @@ def _as_words(tensor: Tensor) -> Tensor:
     # The sign and exponent of a float64 are its highest bits. A product with a weight would carry
     # most of them beyond 2^64 (two flipped signs would cancel), so they are put below as well.
     return words ^ ((words >> 32) & (2**32 - 1)) if flat.element_size() == 8 else words
+
+
+def _word_of(plain: list[object]) -> int:
+    """A hash of numbers and strings in a batch, which belong to every point of it."""
+    if not plain:
+        return 0
+    return int.from_bytes(hashlib.sha256(repr(plain).encode()).digest()[:8], "little", signed=True)
 
 
 def _mix(words: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from hessops.errors import (
     NonFiniteError,
     ShapeError,
 )
+from hessops.isolation import is_transformed
 
 # Where the system does not tell what is free.
 ASSUMED_MEMORY_BYTES = 2**33
@@ -34,6 +35,13 @@ def checked_rows(
     """
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise ArgumentTypeError(f"{name} must be a dense tensor, got {tensor.layout}")
+    if is_transformed(tensor):
+        raise ArgumentTypeError(
+            f"{name} belongs to a torch.func transform, through which operators have no "
+            "derivative; use the functions of hessops.functional"
+        )
     if tensor.ndim not in (1, 2) or tensor.shape[-1] != size:
         raise ShapeError(
             f"{name} has shape {tuple(tensor.shape)}, expected ({size},) or (k, {size})"

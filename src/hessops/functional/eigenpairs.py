@@ -92,8 +92,8 @@ class EigenProblem:
         """The iteration budget."""
         return self.max_iter or 10 * self.size
 
-    def require_symmetry(self, generator: torch.Generator) -> None:
-        """Compares ⟨u, Av⟩ with ⟨Au, v⟩ for two random vectors.
+    def require_symmetry(self, generator: torch.Generator) -> Tensor:
+        """Compares ⟨u, Av⟩ with ⟨Au, v⟩ for two random vectors; returns Au and Av.
 
         Raises:
             StructureError: They differ.
@@ -106,6 +106,7 @@ class EigenProblem:
                 "hessian_vp is not symmetric: ⟨u, Av⟩ and ⟨Au, v⟩ differ by "
                 f"{asymmetry:.1e} relative"
             )
+        return products
 
     def random_vectors(self, count: int, generator: torch.Generator) -> Tensor:
         """Normal vectors ``(count, n)``."""
@@ -126,7 +127,10 @@ def largest_eigenpairs(
         NonFiniteProductError: A product is NaN or infinite.
     """
     gpu_modules = cupy_modules() if on_gpu else None
-    problem.require_symmetry(generator)
+    products = problem.require_symmetry(generator)
+    # A random vector is mapped to zero by zero only, with which Krylov methods cannot begin.
+    if problem.rank < problem.size and not products.any():
+        return _pairs_of_zero(problem)
     if problem.rank >= problem.size:
         values, vectors = _dense_eigenpairs(problem)
     elif gpu_modules is not None:
@@ -143,6 +147,11 @@ def largest_eigenpairs(
         )
     order = values.abs().argsort(descending=True, stable=True)
     return values[order], vectors[:, order].contiguous()
+
+
+def _pairs_of_zero(problem: EigenProblem) -> tuple[Tensor, Tensor]:
+    vectors = torch.eye(problem.size, problem.rank, dtype=problem.dtype, device=problem.device)
+    return vectors.new_zeros(problem.rank), vectors
 
 
 def _dense_eigenpairs(problem: EigenProblem) -> tuple[Tensor, Tensor]:

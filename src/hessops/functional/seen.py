@@ -33,6 +33,10 @@ class SeenBatches:
             WeakIdKeyDictionary()
         )
 
+    def __reduce__(self) -> tuple[type[SeenBatches], tuple[()]]:
+        """A copy has seen nothing: it is the identity of tensors that counts."""
+        return SeenBatches, ()
+
     def holds(self, batch: Batch) -> bool:
         """Whether the batch was added, and none of its tensors was written to since."""
         leaves = list(tensor_leaves((batch.x, batch.y)))

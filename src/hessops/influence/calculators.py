@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessops.errors import ArgumentTypeError, ShapeError
+from hessops.errors import ArgumentTypeError, DtypeError, ShapeError
 from hessops.influence.gradients import checked_factors
 from hessops.influence.lazy import FactorSource, GivenFactors, LazyFactors, LazyInfluences
 from hessops.influence.memory import MemoryEstimate, estimated_memory
@@ -170,9 +170,19 @@ class SequentialInfluenceCalculator:
             raise ShapeError(f"factors has shape {tuple(shape)}, expected (m, {space.size})")
 
         def read(rows: object) -> Tensor:
-            return checked_factors(torch.from_numpy(np.asarray(rows)), space, "factors")
+            return checked_factors(_tensor_of(rows), space, "factors")
 
         return GivenFactors(factors, read)  # type: ignore[arg-type]  # any array will do
+
+
+def _tensor_of(rows: object) -> Tensor:
+    if isinstance(rows, np.ma.MaskedArray):
+        raise ArgumentTypeError("factors must have no mask: fill it")
+    array = np.ascontiguousarray(rows)
+    try:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise DtypeError(f"factors has the dtype {array.dtype}, which torch lacks") from error
 
 
 def _as_it_is(rows: object) -> Tensor:

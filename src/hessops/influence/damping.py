@@ -48,7 +48,8 @@ class Damping:
     relative: float
 
     def __post_init__(self) -> None:
-        checked_number(self.relative, "relative", minimum=0)
+        value = checked_number(self.relative, "relative", minimum=0)
+        object.__setattr__(self, "relative", value)
 
 
 BlockRegularization = float | Damping | None
@@ -64,6 +65,7 @@ def by_block(regularization: Regularization, blocks: Sequence[str]) -> dict[str,
         ArgumentTypeError, ArgumentError: A value that is no regularization, or too many or few.
         ParameterNameError: A block that is unknown or missing.
     """
+    values: list[object]
     if isinstance(regularization, Mapping):
         if set(regularization) != set(blocks):
             raise ParameterNameError(
@@ -71,7 +73,7 @@ def by_block(regularization: Regularization, blocks: Sequence[str]) -> dict[str,
                 f"{list(blocks)}"
             )
         values = [regularization[name] for name in blocks]
-    elif isinstance(regularization, Sequence) and not isinstance(regularization, str):
+    elif isinstance(regularization, Sequence) and not isinstance(regularization, (str, bytes)):
         if len(regularization) != len(blocks):
             raise ArgumentError(
                 f"regularization has {len(regularization)} entries for {len(blocks)} blocks "

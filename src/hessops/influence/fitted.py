@@ -54,6 +54,7 @@ class FittedModel:
         blocks: What was fitted, by block.
         num_points: Number of training points.
         data_fingerprint: A hash of them that does not depend on their order.
+        data_order: A hash of the batches in their order; ``None`` without batches.
         randomness: A hash of the state of the generator that the fit drew from.
     """
 
@@ -61,6 +62,7 @@ class FittedModel:
     blocks: Mapping[str, FittedBlock]
     num_points: int | None
     data_fingerprint: str | None
+    data_order: str | None
     randomness: str
 
     @property

@@ -259,6 +259,7 @@ class _Scores:
 
     def __init__(self, objective: Objective, batch: Batch, gradient: StackedGradient) -> None:
         leaves = differentiable(objective.params)
+        self._dtype = objective.space.dtype
         with torch.enable_grad():
             output = objective.output(leaves, batch.x)
         parts = differentiable_leaves(output)
@@ -281,10 +282,10 @@ class _Scores:
             (p.reshape(len(p), *r.shape) * r).sum(dim=2)
             for p, r in zip(pushed, self._rows, strict=True)
         ]
-        return torch.stack(terms).sum(dim=0)
+        return torch.stack(terms).sum(dim=0).to(self._dtype)
 
     def empty(self) -> Tensor:
-        return self._rows[0].new_zeros(0, len(self._rows[0]))
+        return self._rows[0].new_zeros(0, len(self._rows[0]), dtype=self._dtype)
 
 
 class _MixedScores:

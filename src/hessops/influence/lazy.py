@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hessops.errors import ArgumentError
-from hessops.influence.description import Description, digest_of_tensors
+from hessops.errors import ArgumentError, ShapeError
+from hessops.influence.description import (
+    Description,
+    digest_of_description,
+    digest_of_tensors,
+)
 from hessops.influence.gradients import require_floating
 from hessops.influence.model import InfluenceFunctionModel
 from hessops.influence.modes import InfluenceMode
-from hessops.influence.ordered import OrderedBatches
+from hessops.influence.ordered import OrderedBatches, Placed
 from hessops.influence.storage import ChunkStore, ZarrArray, manifest_of
 from hessops.isolation import isolated
 from hessops.validation import checked_count
@@ -80,6 +84,8 @@ class GivenFactors(FactorSource):
     PIECE = 256
 
     def __init__(self, factors: Tensor | ZarrArray, read: Callable[[object], Tensor]) -> None:
+        if not factors.shape[0]:
+            raise ShapeError("factors has no rows: there is no test point")
         self._factors, self._read = factors, read
 
     def rows(self, wanted: Wanted) -> Iterator[Rows]:
@@ -165,7 +171,7 @@ class LazyFactors(FactorSource):
                 the same computation wrote.
             row_chunk: Points in a chunk; ``None`` takes the size of the first batch.
         """
-        rows = row_chunk or self.first_size()
+        rows = self.first_size() if row_chunk is None else row_chunk
         columns = self._model.space.size
         with isolated(self._model.space.device):
             store = ChunkStore.open(
@@ -205,9 +211,13 @@ class LazyFactors(FactorSource):
         return self._batches.survey().sizes[0]
 
     def description(self) -> Description:
-        """The sizes of the batches and a hash of their points in order."""
-        survey = self._batches.survey()
-        return {"order": survey.order, "batches": list(survey.sizes)}
+        """The sizes of the batches, a hash of their points in order, and what they are for."""
+        survey, model = self._batches.survey(), manifest_of(self._model, {})
+        return {
+            "order": survey.order,
+            "batches": list(survey.sizes),
+            "model": digest_of_description(model),
+        }
 
 
 @dataclass(frozen=True)
@@ -289,10 +299,26 @@ class LazyInfluences:
             for rows in self._factors.rows(lambda _: True):
                 assert rows.factors is not None
                 for placed in self._train:
-                    with isolated(self._model.space.device):
-                        values = self._model.scores_of(rows.factors, placed.batch, self.mode)
+                    values = self._scored(rows.factors, placed)
                     yield InfluenceChunk(rows.points, placed.points, values)
                     self._advance(bar)
+
+    def _scored(self, factors: Tensor, placed: Placed) -> Tensor:
+        """The influences of a batch.
+
+        Raises:
+            ShapeError: Its inputs have another shape than those before, in mode PERTURBATION.
+        """
+        if self.mode is InfluenceMode.PERTURBATION:
+            shape = tuple(require_floating(placed.batch.x).shape[1:])
+            if shape != self._trailing():
+                raise ShapeError(
+                    f"batch {placed.batch.position} of the training points has inputs of shape "
+                    f"{shape}, the first one {self._trailing()}: influences of inputs need one "
+                    "shape; pad them"
+                )
+        with isolated(self._model.space.device):
+            return self._model.scores_of(factors, placed.batch, self.mode)
 
     def _bar(self) -> tqdm[NoReturn]:
         return tqdm(desc="influences", unit="chunk", disable=not self._progress)
@@ -431,7 +457,7 @@ class LazyInfluences:
             blocks = _blocks_of(placed.points, width)
             if not wanted.intersection(blocks):
                 continue
-            values = self._model.scores_of(factors, placed.batch, self.mode).cpu()
+            values = self._scored(factors, placed).cpu()
             for block in blocks:
                 start, stop = block * width, min((block + 1) * width, total)
                 first = max(start, placed.start) - placed.start

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self, TypedDict
 
@@ -16,11 +17,15 @@ from hessops.batch.model import ModelBatchOperation
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
+    ModelError,
     NotFittedError,
     ParameterNameError,
     ShapeError,
+    StoreError,
+    StructureError,
+    UncoveredParametersWarning,
 )
-from hessops.influence.arguments import changed_settings, recorded_constructor, settings_of
+from hessops.influence.arguments import SILENT, changed_settings, recorded_constructor
 from hessops.influence.bilinear import BilinearForm
 from hessops.influence.blocks import BlockStructure, blocks_of
 from hessops.influence.damping import (
@@ -36,12 +41,15 @@ from hessops.influence.description import (
     describe,
     describe_class,
     describe_modules,
+    digest_of_batch,
+    digest_of_description,
     digest_of_generator,
 )
 from hessops.influence.fitted import FittedBlock, FittedModel
 from hessops.influence.gradients import GradientProvider, checked_factors
 from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode, checked_mode
 from hessops.influence.persistence import SavedFit, load_fit, save_fit
+from hessops.isolation import isolated
 from hessops.objective import Objective
 from hessops.operators.algebra import require_compatible
 from hessops.operators.base import TensorOperator
@@ -56,8 +64,9 @@ from hessops.operators.curvature import (
 from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import DiagonalBlock
 from hessops.point_loss import Loss, Reduction
+from hessops.randomness import resolved_generator
 from hessops.space import ParameterSpace
-from hessops.streaming import Batch
+from hessops.streaming import Batch, BatchStream
 from hessops.streaming import Unpack as RawUnpack
 from hessops.validation import checked_rows
 
@@ -132,6 +141,8 @@ class InfluenceFunctionModel(ABC):
 
     # Whether what `fit` finds needs the training data again, and not just what it kept of them.
     needs_data: ClassVar[bool] = True
+    # What `_approximate` returns.
+    kept_type: ClassVar[type[TensorOperator]] = TensorOperator
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Lets every constructor accept the historical keywords, and remember its arguments."""
@@ -154,14 +165,20 @@ class InfluenceFunctionModel(ABC):
         generator: torch.Generator | None = None,
     ) -> None:
         self.model, self.loss = model, loss
+        self.block_structure = block_structure
+        self._trainable = ParameterSpace.from_model(model).names
         self._space, self._blocks = blocks_of(model, block_structure)
         self._dampings = by_block(regularization, list(self._blocks))
         self.second_order_mode = checked_mode(
             second_order_mode, SecondOrderMode, "second_order_mode"
         )
         self.reduction: Reduction = reduction
+        if unpack is not None and not callable(unpack):
+            raise ArgumentTypeError(f"unpack must be callable, got {type(unpack).__name__}")
         self.unpack = unpack
         self.cache = cache
+        if generator is not None:
+            resolved_generator(generator)
         self.generator = generator
         self._fit: FittedModel | None = None
 
@@ -234,20 +251,44 @@ class InfluenceFunctionModel(ABC):
     ) -> FittedModel:
         """What `fit` finds; `known` are mean eigenvalues that need not be estimated."""
         randomness = digest_of_generator(self.generator)
+        self._follow_model()
         operator = self._curvature(dataloader)
-        num_points, fingerprint = _checked_data(operator)
+        seen = _checked_data(operator)
         provider = GradientProvider(self._objective_of(operator))
         blocks = {
             name: self._fitted_block(name, block, (known or {}).get(name))
             for name, block in self._split(operator).items()
         }
-        return FittedModel(provider, blocks, num_points, fingerprint, randomness)
+        return FittedModel(
+            provider, blocks, seen.num_points, seen.fingerprint, seen.order, randomness
+        )
+
+    def _follow_model(self) -> None:
+        """Takes note of another dtype or device of the user's model.
+
+        Raises:
+            ModelError: It has other trainable parameters than when this model was made.
+        """
+        now = ParameterSpace.from_model(self.model).names
+        if now != self._trainable:
+            differing = sorted({*now} ^ {*self._trainable})
+            raise ModelError(
+                f"the trainable parameters of model changed since {type(self).__name__} was made "
+                f"({differing}): make a new one"
+            )
+        if ParameterSpace.from_model(self.model, self._space.names) != self._space:
+            with warnings.catch_warnings():  # said when it was made
+                warnings.simplefilter("ignore", UncoveredParametersWarning)
+                self._space, self._blocks = blocks_of(self.model, self.block_structure)
 
     def _objective_of(self, operator: TensorOperator) -> Objective:
+        """The model and the loss whose gradients are taken, copied once where that is possible."""
         if isinstance(operator, BatchOperator) and isinstance(
             operator.batch_operation, ModelBatchOperation
         ):
-            return operator.batch_operation.objective
+            objective = operator.batch_operation.objective
+            if objective.is_of(self.model, self.loss, self.reduction):
+                return objective
         return Objective(self.model, self.loss, self._space.names, reduction=self.reduction)
 
     def _fitted_block(
@@ -331,7 +372,7 @@ class InfluenceFunctionModel(ABC):
         Args:
             path: A file of a model of the same class, settings and parameters.
             dataloader: The training data, which models that solve by products with the curvature
-                need again; others do without.
+                need again; others do without, and only compare them with the file.
 
         Returns:
             Itself. Where an error is raised, an earlier fit stays as it was.
@@ -342,8 +383,12 @@ class InfluenceFunctionModel(ABC):
                 with other data.
             HessopsError: As of `fit`.
         """
+        self._follow_model()
         content = load_fit(path, self.configuration())
         if not self.needs_data:
+            if dataloader is not None:
+                stream = BatchStream(dataloader, unpack=self.unpack, cache=False)
+                content.require_data(stream.survey())
             objective = Objective(
                 self.model, self.loss, self._space.names, reduction=self.reduction
             )
@@ -355,21 +400,32 @@ class InfluenceFunctionModel(ABC):
                 f"dataloader is needed: {type(self).__name__} solves by products with the "
                 "curvature of the training data, which the file does not hold"
             )
-        fitted = self._fitted_on(dataloader, content.mean_eigenvalues)
+        # Where the data have no fingerprint, they may be others, of another scale.
+        known = content.mean_eigenvalues if content.data_fingerprint else None
+        fitted = self._fitted_on(dataloader, known)
         content.require_parameters(fitted.provider.objective)
-        content.require_data(fitted)
+        content.require_data(fitted.data_fingerprint)
         self._fit = fitted
         return self
 
     def _rebuilt(self, content: SavedFit, provider: GradientProvider) -> FittedModel:
-        blocks = {
-            name: self._damped(
-                name, None, content.kept(name, space), content.mean_eigenvalues.get(name), None
-            )
-            for name, space in self._blocks.items()
-        }
+        blocks = {}
+        for name, space in self._blocks.items():
+            kept = content.kept(name, space)
+            if not isinstance(kept, self.kept_type):
+                raise StoreError(
+                    f"{content.path} holds a {type(kept).__name__} for block {name!r}, expected a "
+                    f"{self.kept_type.__name__}"
+                )
+            mean = content.mean_eigenvalues.get(name)
+            blocks[name] = self._damped(name, None, kept, mean, None)
         return FittedModel(
-            provider, blocks, content.num_points, content.data_fingerprint, content.randomness
+            provider,
+            blocks,
+            content.num_points,
+            content.data_fingerprint,
+            content.data_order,
+            content.randomness,
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -639,6 +695,15 @@ class InfluenceFunctionModel(ABC):
             HessopsError: As of `with_regularization` and `influence_factors`.
         """
         fitted = self.fitted
+        if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+            raise ArgumentTypeError(
+                f"values must be numbers or Dampings to try, as in [0.01, 0.1], got {values!r}"
+            )
+        values = list(values)
+        if not all(isinstance(value, Hashable) for value in values):
+            raise ArgumentTypeError(
+                f"values must be numbers or Dampings, each for all blocks, got {values!r}"
+            )
         rows = fitted.provider.rows(fitted.provider.batch(x, y))
         parts = {name: rows[:, where] for name, where in fitted.positions().items()}
         results = {}
@@ -653,6 +718,8 @@ class InfluenceFunctionModel(ABC):
         provider = self.fitted.provider
         if x is None and y is not None:
             raise ArgumentError("y is given without x: pass the training points as x and y")
+        if x is not None and y is None and y_test is not None:
+            raise ArgumentError("x is given without y: pass the targets of the training points")
         test = provider.batch(x_test, y_test)
         return test, test if x is None else provider.batch(x, y)
 
@@ -674,14 +741,11 @@ class InfluenceFunctionModel(ABC):
         }
 
     def _settings_in_full(self) -> dict[str, object]:
-        """The settings as they were understood, so that other spellings of one are equal."""
-        return {
-            **settings_of(self._arguments),
-            "second_order_mode": self.second_order_mode,
-            "reduction": self.reduction,
-            "unpack": self.unpack,
-            "generator": self.generator,
-        }
+        """What the model holds beside model, loss, λ, blocks and fit, as it was understood."""
+        apart = ("model", "loss", "block_structure", *SILENT)
+        held = {key: value for key, value in vars(self).items() if key not in apart}
+        of_base = ("_fit", "_arguments", "_space", "_blocks", "_dampings", "_trainable")
+        return {key: _without_silent(value) for key, value in held.items() if key not in of_base}
 
     def __repr__(self) -> str:
         loss = getattr(self.loss, "__name__", type(self.loss).__name__)
@@ -698,23 +762,56 @@ class InfluenceFunctionModel(ABC):
     _arguments: Mapping[str, object]
 
 
-def _checked_data(operator: TensorOperator) -> tuple[int | None, str | None]:
-    """The number of points under an operator and a hash of them, after a check of every batch."""
-    streams = []
+def _without_silent(value: object) -> object:
+    """A setting, or a mapping of settings without those that decide nothing."""
+    if isinstance(value, Mapping):
+        return {key: item for key, item in value.items() if key not in SILENT}
+    return value
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a pass over the data of an operator found; ``None`` where it has none."""
+
+    num_points: int | None = None
+    fingerprint: str | None = None
+    order: str | None = None
+
+
+def _checked_data(operator: TensorOperator) -> _Seen:
+    """Looks at every batch once."""
+    streams: dict[int, BatchOperator] = {}
+    orders: list[Description] = []
     for part in batch_operators(operator):
+        if id(part.stream) not in streams:
+            streams[id(part.stream)] = part
+            with isolated(part.device):
+                orders += [digest_of_batch(batch) for batch in part.checked_batches(part.stream)]
         part.check_data()
-        streams.append(part.stream)
     if not streams:
-        return None, None
-    fingerprints = dict.fromkeys(str(stream.fingerprint) for stream in streams)
-    return streams[0].num_points, " ".join(fingerprints)
+        return _Seen()
+    parts = list(streams.values())
+    fingerprints = " ".join(str(part.stream.fingerprint) for part in parts)
+    return _Seen(parts[0].stream.num_points, fingerprints, digest_of_description(orders))
 
 
 def _checked_inverse(inverse: object, operator: TensorOperator) -> TensorOperator:
+    """An operator on the same vectors, symmetric as far as is known.
+
+    Raises:
+        ArgumentTypeError, ShapeError, DtypeError, DeviceError: It is something else.
+        StructureError: It is not symmetric, so that an influence would depend on which side it is
+            applied to.
+    """
     if not isinstance(inverse, TensorOperator):
         raise ArgumentTypeError(
             f"an inverse must be a TensorOperator, got {type(inverse).__name__}; see "
             "InfluenceFunctionModel._invert"
         )
     require_compatible(operator, inverse, "inverted by")
+    if inverse.symmetric is False:
+        raise StructureError(
+            f"the inverse ({type(inverse).__name__}) is not symmetric; influences need a symmetric "
+            "curvature and inverse: use (A + A.T) / 2"
+        )
     return inverse

@@ -58,6 +58,7 @@ class DirectInfluence(InfluenceFunctionModel):
     """
 
     needs_data = False
+    kept_type = MatrixOperator
 
     def _approximate(self, operator: TensorOperator) -> TensorOperator:
         matrix = operator.to_dense()
@@ -197,6 +198,8 @@ class LissaInfluence(InfluenceFunctionModel):
         **common: Unpack[CommonSettings],
     ) -> None:
         super().__init__(model, loss, regularization, block_structure, second_order_mode, **common)
+        if h0 is not None and not isinstance(h0, Tensor):
+            raise ArgumentTypeError(f"h0 must be a tensor or None, got {type(h0).__name__}")
         if h0 is not None and len(self.block_names) > 1:
             raise ArgumentError(
                 f"h0 is for one block, and there are {len(self.block_names)}: leave it out"
@@ -205,7 +208,7 @@ class LissaInfluence(InfluenceFunctionModel):
             "maxiter": maxiter,
             "dampen": dampen,
             "scale": scale,
-            "h0": h0,
+            "h0": None if h0 is None else h0.detach().clone(),
             "rtol": rtol,
             "progress": progress,
             "warn_on_max_iteration": warn_on_max_iteration,
@@ -238,6 +241,7 @@ class _LowRankInfluence(InfluenceFunctionModel):
     """An inverse from r eigenpairs of each block."""
 
     needs_data = False
+    kept_type = LowRankProductOperator
 
     @abstractmethod
     def _pairs(self, operator: TensorOperator) -> LowRankProductRepresentation:
@@ -512,10 +516,11 @@ class Influence(InfluenceFunctionModel):
             raise ArgumentTypeError(
                 f"curvature must return a TensorOperator, got {type(operator).__name__}"
             )
-        if operator.input_size != self._space.size:
+        fits = operator.space is None or operator.space == self._space
+        if operator.input_size != self._space.size or not fits:
             raise StructureError(
-                f"curvature returned an operator of size {operator.input_size} for "
-                f"{self._space.size} parameters"
+                f"curvature returned an operator on {operator.space or operator.input_size} for "
+                f"the parameters {list(self._space.names)}"
             )
         return operator
 

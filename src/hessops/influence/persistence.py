@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import torch
@@ -13,7 +13,13 @@ from torch import Tensor
 
 from hessops.errors import StoreError
 from hessops.functional.low_rank import LowRankProductRepresentation
-from hessops.influence.description import Description, difference, digest_of_objective
+from hessops.influence.description import (
+    Description,
+    difference,
+    digest_of_description,
+    digest_of_objective,
+    digest_of_tensors,
+)
 from hessops.influence.files import write_whole
 from hessops.influence.fitted import FittedModel
 from hessops.objective import Objective
@@ -34,6 +40,7 @@ class SavedFit:
         parameters: A hash of the model's parameters and buffers.
         num_points: Number of training points.
         data_fingerprint: A hash of them.
+        data_order: A hash of them in their batches and order.
         randomness: See `FittedModel`.
         mean_eigenvalues: Block name -> tr(A)/P, where it was needed.
         tensors: Block name -> what was kept of its curvature.
@@ -43,6 +50,7 @@ class SavedFit:
     parameters: str
     num_points: int | None
     data_fingerprint: str | None
+    data_order: str | None
     randomness: str
     mean_eigenvalues: Mapping[str, float]
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -55,12 +63,12 @@ class SavedFit:
                 "load the weights of that fit into the model, or fit again"
             )
 
-    def require_data(self, fitted: FittedModel) -> None:
-        """Raises `StoreError` unless a fit saw the training points of the file."""
-        if fitted.data_fingerprint != self.data_fingerprint:
+    def require_data(self, fingerprint: str | None) -> None:
+        """Raises `StoreError` unless these are the training points of the file."""
+        if self.data_fingerprint is not None and fingerprint not in self.data_fingerprint.split():
             raise StoreError(
                 f"{self.path} was written for other training data ({self.num_points} points) than "
-                f"dataloader gives ({fitted.num_points} points)"
+                "dataloader gives"
             )
 
     def kept(self, block: str, space: ParameterSpace) -> TensorOperator:
@@ -102,24 +110,33 @@ def save_fit(
     Raises:
         StoreError: What was kept of a block is of a kind that cannot be written.
     """
+    tensors = {
+        name: _tensors_of(name, block.kept) if with_kept else {}
+        for name, block in fitted.blocks.items()
+    }
+    means = {name: block.mean_eigenvalue for name, block in fitted.blocks.items()}
     content = {
         "format": FORMAT,
         "configuration": dict(configuration),
         "parameters": digest_of_objective(fitted.provider.objective),
         "num_points": fitted.num_points,
         "data_fingerprint": fitted.data_fingerprint,
+        "data_order": fitted.data_order,
         "randomness": fitted.randomness,
-        "mean_eigenvalues": {
-            name: block.mean_eigenvalue
-            for name, block in fitted.blocks.items()
-            if block.mean_eigenvalue is not None
-        },
-        "tensors": {
-            name: _tensors_of(name, block.kept) if with_kept else {}
-            for name, block in fitted.blocks.items()
-        },
+        "mean_eigenvalues": {name: mean for name, mean in means.items() if mean is not None},
+        "tensors": tensors,
+        "checksum": _checksum(tensors, means),
     }
     write_whole(Path(path), lambda file: torch.save(content, file))
+
+
+def _checksum(
+    tensors: Mapping[str, Mapping[str, Tensor]], means: Mapping[str, float | None]
+) -> str:
+    """A hash of the numbers that a loaded model computes with."""
+    digests = {name: digest_of_tensors(parts) for name, parts in tensors.items()}
+    known = {name: mean.hex() for name, mean in means.items() if mean is not None}
+    return digest_of_description({"tensors": dict(digests), "means": dict(known)})
 
 
 def _tensors_of(block: str, kept: TensorOperator) -> dict[str, Tensor]:
@@ -150,25 +167,29 @@ def load_fit(path: str | Path, configuration: Mapping[str, Description]) -> Save
         FileNotFoundError: There is no file.
     """
     path = Path(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what torch says of files of others
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise StoreError(f"{path} is not a file of a fitted influence model: {error}") from error
+    content = _plain_content(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise StoreError(f"{path} is not a file of a fitted influence model ({FORMAT!r})")
+    fields = [field.name for field in dataclass_fields(SavedFit)][1:]
+    missing = [name for name in (*fields, "configuration", "checksum") if name not in content]
+    if missing:
+        raise StoreError(f"{path} lacks {missing}")
     differing = difference(content["configuration"], configuration)
     if differing:
         raise StoreError(
             f"{path} was written by a model with other settings: {'; '.join(differing)}"
         )
-    fields = (
-        "parameters",
-        "num_points",
-        "data_fingerprint",
-        "randomness",
-        "mean_eigenvalues",
-        "tensors",
-    )
+    if _checksum(content["tensors"], content["mean_eigenvalues"]) != content["checksum"]:
+        raise StoreError(f"{path} is damaged: its numbers do not have the checksum they had")
     return SavedFit(path, *(content[name] for name in fields))
+
+
+def _plain_content(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what torch says of files of others
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # torch has no error of its own for what is no file of its own
+        raise StoreError(f"{path} is not a file of a fitted influence model: {error}") from error

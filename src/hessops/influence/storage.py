@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,7 +24,11 @@ from hessops.influence.description import (
 )
 from hessops.influence.files import PARTIAL, write_whole
 from hessops.influence.model import InfluenceFunctionModel
+from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import batch_operators
+from hessops.operators.dense import MatrixOperator
+from hessops.operators.low_rank import LowRankProductOperator
+from hessops.solvers import LissaOperator
 from hessops.streaming import Batch
 
 if TYPE_CHECKING:
@@ -34,6 +39,7 @@ else:
     ZarrArray = object
 
 MANIFEST = "hessops.json"
+CHECKSUM_BYTES = 4
 FORMAT = "hessops influences 1"
 
 
@@ -63,7 +69,8 @@ def manifest_of(
         "parameters": digest_of_objective(objective),
         "configuration": dict(model.configuration()),
         "regularization": {n: b.regularization.hex() for n, b in sorted(fitted.blocks.items())},
-        "fit data": fitted.data_fingerprint,
+        "fit data": [fitted.data_fingerprint, fitted.data_order],
+        "kept": {name: _digest_of_kept(b.kept) for name, b in sorted(fitted.blocks.items())},
         "randomness": fitted.randomness,
         "losses": losses,
         "route": {"mode": "reverse", "column bytes": COLUMN_BYTES},
@@ -80,11 +87,28 @@ def manifest_of(
     }
 
 
+def _digest_of_kept(kept: TensorOperator) -> Description:
+    """A hash of a matrix or eigenpairs; other operators follow from parameters and data."""
+    if isinstance(kept, MatrixOperator):
+        return digest_of_tensors({"matrix": kept.matrix})
+    if isinstance(kept, LowRankProductOperator):
+        pairs = kept.low_rank_representation
+        return digest_of_tensors({"values": pairs.eigen_vals, "vectors": pairs.projections})
+    return type(kept).__name__
+
+
 def _require_repeatable(model: InfluenceFunctionModel) -> None:
     """Raises `DataError` where a solve that is made again may be rounded differently."""
     operators = [block.operator for block in model.fitted.blocks.values()]
     if not model.needs_data:
         return
+    for inverse in model.inverses.values():
+        if isinstance(inverse, LissaOperator) and inverse.generator is not None:
+            raise DataError(
+                "each solve of LiSSA draws from the generator that was given, so that a run that "
+                "is resumed would not give the same bytes: leave generator out, and call "
+                "torch.manual_seed"
+            )
     for operator in operators:
         for part in () if operator is None else batch_operators(operator):
             if not (part.stream.is_cached or part.stream.has_fixed_order):
@@ -113,7 +137,7 @@ class ChunkStore:
         array: The array there.
 
     Attributes:
-        array: A zarr array without compression.
+        array: A zarr array without compression, with a checksum for each chunk.
     """
 
     def __init__(self, path: Path, array: ZarrArray) -> None:
@@ -152,10 +176,19 @@ class ChunkStore:
                 shape=tuple(shape),
                 chunks=tuple(chunks),
                 dtype=name,
-                compressors=None,
+                # A chunk that was damaged is an error when it is read.
+                compressors=[zarr.codecs.Crc32cCodec()],
                 fill_value=float("nan"),
             )
-        return cls(path, zarr.open_array(str(path), mode="r+"))
+        array = _opened(path)
+        found = (array.shape, array.chunks, str(array.dtype))
+        expected = (tuple(shape), tuple(chunks), name)
+        if found != expected:
+            raise StoreError(
+                f"{path} holds an array of (shape, chunks, dtype) {found}, its manifest says "
+                f"{expected}: delete it"
+            )
+        return cls(path, array)
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -172,8 +205,13 @@ class ChunkStore:
         return self._path.joinpath("c", *map(str, whole))
 
     def holds(self, place: Sequence[int]) -> bool:
-        """Whether a chunk, by its first positions in the grid, was written."""
-        return self._file(place).is_file()
+        """Whether a chunk, by its first positions in the grid, was written and is whole."""
+        file = self._file(place)
+        return file.is_file() and file.stat().st_size == self._chunk_bytes
+
+    @property
+    def _chunk_bytes(self) -> int:
+        return prod(self.chunks) * int(self.array.dtype.itemsize) + CHECKSUM_BYTES
 
     def num_held(self) -> int:
         """How many chunks were written."""
@@ -181,12 +219,30 @@ class ChunkStore:
         return sum(self.holds(place) for place in product(*map(range, grid)))
 
     def write(self, place: Sequence[int], values: Tensor) -> None:
-        """Writes a whole chunk."""
+        """Writes a whole chunk.
+
+        Raises:
+            StoreError: The values are of another shape.
+        """
         region = tuple(
             slice(p * c, min((p + 1) * c, s))
             for p, c, s in zip(place, self.chunks, self.array.shape, strict=False)
         )
+        within = (part.stop - part.start for part in region)
+        expected = (*within, *self.array.shape[len(place) :])
+        if tuple(values.shape) != expected:
+            raise StoreError(f"values have shape {tuple(values.shape)}, expected {expected}")
         self.array[region] = values.detach().cpu().numpy()
+
+
+def _opened(path: Path) -> ZarrArray:
+    try:
+        array: ZarrArray = _zarr().open_array(str(path), mode="r+")
+    except OSError:
+        raise
+    except Exception as error:  # whatever zarr says of a description that it cannot read
+        raise StoreError(f"{path} holds no zarr array that can be read: {error}") from error
+    return array
 
 
 def _claim(path: Path, manifest: Mapping[str, Description]) -> None:
