@@ -458,7 +458,8 @@ class _Fingerprint:
     def __init__(self, *, by_batch: bool = False) -> None:
         self.by_batch = by_batch
         self.num_points = 0
-        self._sums: list[Tensor] = []
+        # One number, on the device of the batches: reading it off would wait for them.
+        self._sum = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def add(self, batch: Batch) -> None:
         self.num_points += batch.size
@@ -472,7 +473,7 @@ class _Fingerprint:
             hashes = hashes.to(leaf.device) + _mix((words * weights).sum(dim=1) + salt + 1)
         hashes = hashes + _word_of(list(plain_leaves((batch.x, batch.y))))
         of_batch = _mix(hashes.expand(batch.size)).sum()
-        self._sums.append(_mix(of_batch) if self.by_batch else of_batch)
+        self._sum = self._sum.to(of_batch.device) + (_mix(of_batch) if self.by_batch else of_batch)
 
     def require_equal(self, other: _Fingerprint) -> None:
         if self.num_points != other.num_points:
@@ -495,9 +496,7 @@ class _Fingerprint:
         return f"{self.num_points}:{self._value():016x}"
 
     def _value(self) -> int:
-        total = sum(int(s) for s in self._sums) % 2**64
-        self._sums = [torch.tensor(_signed(total), device="cpu")]
-        return total
+        return int(self._sum) % 2**64
 
 
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
