@@ -676,6 +676,39 @@ def test_any_curvature_and_any_recipe(problem: Problem) -> None:
             assert relative_error(factors[:, where], expected) < 1e-7
 
 
+def test_a_composite_curvature_is_saved_and_loaded(problem: Problem, tmp_path: Path) -> None:
+    def mixture(model, loss, data, names):
+        return 0.5 * GeneralizedGaussNewtonOperator(model, loss, data, names) + 0.5 * (
+            GeneralizedGaussNewtonOperator(model, loss, data, names)
+        )
+
+    def made() -> Influence:
+        return Influence(problem.model, problem.loss, 1e-2, curvature=mixture)
+
+    model = made().fit(problem.batches())
+    model.save(tmp_path / "fit")
+    again = made().load(tmp_path / "fit", problem.batches())
+    x, y = problem.x_test, problem.y_test
+    assert torch.equal(again.influences(x, y), model.influences(x, y))
+    with pytest.raises(StoreError, match="other training data"):
+        made().load(tmp_path / "fit", problem.batches()[:1])
+
+
+@pytest.mark.parametrize("kind", [ArnoldiInfluence, NystroemSketchInfluence])
+@pytest.mark.parametrize("rank", [2, 4, 5])
+def test_without_regularization_a_rank_beyond_the_matrix_gives_its_pseudo_inverse(
+    kind: type[InfluenceFunctionModel], rank: int
+) -> None:
+    basis = torch.randn(2, 5).double()
+    x, y = torch.randn(8, 2).double() @ basis, torch.randn(8, 1).double()  # inputs of rank two
+    model = nn.Linear(5, 1, bias=False).double()
+    influence = kind(model, nn.MSELoss(), rank=rank).fit([(x, y)])
+    hessian = 2 / 8 * x.T @ x
+    expected = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-10)
+    rows = influence.gradient_provider.flat_grads(x, y)
+    assert relative_error(influence.influence_factors(x, y), rows @ expected) < 1e-6
+
+
 def test_conjugate_gradients_are_the_default_recipe(problem: Problem) -> None:
     influence = Influence(problem.model, problem.loss, 1e-3, second_order_mode=GGN)
     assert isinstance(influence.fit(problem.batches()).inverses["full"], CgOperator)
