@@ -3,7 +3,7 @@
 from hessops.influence.bilinear import BilinearForm, LowRankBilinearForm
 from hessops.influence.calculators import SequentialInfluenceCalculator
 from hessops.influence.damping import Damping
-from hessops.influence.fitted import FittedBlock, FittedModel
+from hessops.influence.fitted import FittedBlock, FittedModel, TrainingData
 from hessops.influence.gradients import GradientProvider
 from hessops.influence.lazy import InfluenceChunk, LazyFactors, LazyInfluences, TopInfluences
 from hessops.influence.memory import MemoryEstimate
@@ -43,4 +43,5 @@ __all__ = [
     "SecondOrderMode",
     "SequentialInfluenceCalculator",
     "TopInfluences",
+    "TrainingData",
 ]

@@ -8,10 +8,54 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hessops.influence.gradients import GradientProvider
+from hessops.errors import ParameterNameError, ShapeError
+from hessops.influence.description import Description, digest_of_batch, digest_of_description
+from hessops.influence.gradients import GradientProvider, checked_factors
+from hessops.influence.modes import InfluenceMode
+from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
+from hessops.operators.curvature import BatchOperator, batch_operators
 from hessops.operators.diagonal import BlockDiagonalOperator
 from hessops.space import ParameterSpace
+from hessops.streaming import Batch
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a pass over the training data found; ``None`` for a curvature that has no data.
+
+    Attributes:
+        num_points: Number of points.
+        fingerprint: A hash of them that depends neither on their order nor on their batches; one
+            for each part of the curvature that passes over data, joined by spaces.
+        order: A hash of the batches in their order.
+    """
+
+    num_points: int | None = None
+    fingerprint: str | None = None
+    order: str | None = None
+
+    @classmethod
+    def under(cls, operator: TensorOperator) -> TrainingData:
+        """Looks at every batch under a curvature, which checks it.
+
+        Raises:
+            HessopsError: See `Objective.check` and `BatchStream`.
+        """
+        streams: dict[int, BatchOperator] = {}
+        digests: list[Description] = []
+        for part in batch_operators(operator):
+            if id(part.stream) not in streams:
+                streams[id(part.stream)] = part
+                with isolated(part.device):
+                    batches = part.checked_batches(part.stream)
+                    digests += [digest_of_batch(batch) for batch in batches]
+            part.check_data()
+        if not streams:
+            return cls()
+        parts = list(streams.values())
+        fingerprints = " ".join(str(part.stream.fingerprint) for part in parts)
+        return cls(parts[0].stream.num_points, fingerprints, digest_of_description(digests))
 
 
 @dataclass(frozen=True)
@@ -52,17 +96,13 @@ class FittedModel:
     Attributes:
         provider: The gradients of points at the parameters of the fit.
         blocks: What was fitted, by block.
-        num_points: Number of training points.
-        data_fingerprint: A hash of them that does not depend on their order.
-        data_order: A hash of the batches in their order; ``None`` without batches.
+        data: The training data.
         randomness: A hash of the state of the generator that the fit drew from.
     """
 
     provider: GradientProvider
     blocks: Mapping[str, FittedBlock]
-    num_points: int | None
-    data_fingerprint: str | None
-    data_order: str | None
+    data: TrainingData
     randomness: str
 
     @property
@@ -80,6 +120,57 @@ class FittedModel:
         if len(inverses) == 1:
             return inverses[0]
         return BlockDiagonalOperator._at(inverses, list(self.positions().values()), self.space)
+
+    def gradients_by_block(self, x: object, y: object) -> dict[str, Tensor]:
+        """The gradients of n points, block name -> ``(n, P_block)``."""
+        rows = self.provider.rows(self.provider.batch(x, y))
+        return {name: rows[:, where] for name, where in self.positions().items()}
+
+    def factors(self, batch: Batch) -> Tensor:
+        """The factors of the points of a batch, ``(n, P)``."""
+        return self.joint_inverse().apply(self.provider.rows(batch))
+
+    def scores(self, factors: Tensor, batch: Batch, mode: InfluenceMode) -> Tensor:
+        """The influences of the points of a batch, from factors ``(m, P)``."""
+        if mode is InfluenceMode.UP:
+            return self.provider.products(batch, factors)
+        return self.provider.mixed_products(batch, factors)
+
+    def block_scores(self, factors: Tensor, batch: Batch, mode: InfluenceMode) -> dict[str, Tensor]:
+        """As `scores`, by block."""
+        spaces = {name: block.space for name, block in self.blocks.items()}
+        products = (
+            self.provider.block_products
+            if mode is InfluenceMode.UP
+            else self.provider.block_mixed_products
+        )
+        by_names = products(batch, factors, spaces.values())
+        return {name: by_names[space.names] for name, space in spaces.items()}
+
+    def joined(self, factors: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """Factors by block as flat ones, ``(m, P)``; flat ones are checked.
+
+        Raises:
+            ParameterNameError: They have other blocks.
+            ShapeError, DtypeError, NonFiniteError: They do not fit.
+        """
+        if not isinstance(factors, Mapping):
+            return checked_factors(factors, self.space, "factors")
+        if set(factors) != set(self.blocks):
+            raise ParameterNameError(
+                f"factors has the blocks {list(factors)}, the model {list(self.blocks)}"
+            )
+        parts = {
+            name: checked_factors(factors[name], block.space, f"factors[{name!r}]")
+            for name, block in self.blocks.items()
+        }
+        counts = {name: len(part) for name, part in parts.items()}
+        if len(set(counts.values())) > 1:
+            raise ShapeError(f"factors has blocks of different numbers of points, {counts}")
+        flat = next(iter(parts.values())).new_zeros(max(counts.values()), self.space.size)
+        for name, where in self.positions().items():
+            flat[:, where] = parts[name]
+        return flat
 
     def to(self, device: torch.device | str) -> FittedModel:
         """The same on another device."""

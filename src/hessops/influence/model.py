@@ -6,7 +6,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self, TypedDict
 
@@ -19,8 +19,6 @@ from hessops.errors import (
     ArgumentTypeError,
     ModelError,
     NotFittedError,
-    ParameterNameError,
-    ShapeError,
     StoreError,
     StructureError,
     UncoveredParametersWarning,
@@ -41,15 +39,12 @@ from hessops.influence.description import (
     describe,
     describe_class,
     describe_modules,
-    digest_of_batch,
-    digest_of_description,
     digest_of_generator,
 )
-from hessops.influence.fitted import FittedBlock, FittedModel
+from hessops.influence.fitted import FittedBlock, FittedModel, TrainingData
 from hessops.influence.gradients import GradientProvider, checked_factors
 from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode, checked_mode
 from hessops.influence.persistence import SavedFit, load_fit, save_fit
-from hessops.isolation import isolated
 from hessops.objective import Objective
 from hessops.operators.algebra import require_compatible
 from hessops.operators.base import TensorOperator
@@ -59,7 +54,6 @@ from hessops.operators.curvature import (
     GaussNewtonOperator,
     GeneralizedGaussNewtonOperator,
     HessianOperator,
-    batch_operators,
 )
 from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import DiagonalBlock
@@ -68,7 +62,6 @@ from hessops.randomness import resolved_generator
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch, BatchStream
 from hessops.streaming import Unpack as RawUnpack
-from hessops.validation import checked_rows
 
 CURVATURES: Mapping[SecondOrderMode, type[CurvatureOperator]] = {
     SecondOrderMode.HESSIAN: HessianOperator,
@@ -253,15 +246,13 @@ class InfluenceFunctionModel(ABC):
         randomness = digest_of_generator(self.generator)
         self._follow_model()
         operator = self._curvature(dataloader)
-        seen = _checked_data(operator)
+        data = TrainingData.under(operator)
         provider = GradientProvider(self._objective_of(operator))
         blocks = {
             name: self._fitted_block(name, block, (known or {}).get(name))
             for name, block in self._split(operator).items()
         }
-        return FittedModel(
-            provider, blocks, seen.num_points, seen.fingerprint, seen.order, randomness
-        )
+        return FittedModel(provider, blocks, data, randomness)
 
     def _follow_model(self) -> None:
         """Takes note of another dtype or device of the user's model.
@@ -401,10 +392,10 @@ class InfluenceFunctionModel(ABC):
                 "curvature of the training data, which the file does not hold"
             )
         # Where the data have no fingerprint, they may be others, of another scale.
-        known = content.mean_eigenvalues if content.data_fingerprint else None
+        known = content.mean_eigenvalues if content.data.fingerprint else None
         fitted = self._fitted_on(dataloader, known)
         content.require_parameters(fitted.provider.objective)
-        content.require_data(fitted.data_fingerprint)
+        content.require_data(fitted.data.fingerprint)
         self._fit = fitted
         return self
 
@@ -419,14 +410,7 @@ class InfluenceFunctionModel(ABC):
                 )
             mean = content.mean_eigenvalues.get(name)
             blocks[name] = self._damped(name, None, kept, mean, None)
-        return FittedModel(
-            provider,
-            blocks,
-            content.num_points,
-            content.data_fingerprint,
-            content.data_order,
-            content.randomness,
-        )
+        return FittedModel(provider, blocks, content.data, content.randomness)
 
     def to(self, device: torch.device | str) -> Self:
         """The same fitted model on another device; the user's model stays where it is."""
@@ -504,21 +488,16 @@ class InfluenceFunctionModel(ABC):
         Warns:
             ConvergenceWarning: A solve stopped short of its tolerance.
         """
-        provider = self.fitted.provider
-        return self.factors_of(provider.batch(x, y))
+        return self.factors_of(self.fitted.provider.batch(x, y))
 
     def factors_of(self, batch: Batch) -> Tensor:
         """As `influence_factors`, of a batch that was checked."""
-        return self.inverse.apply(self.fitted.provider.rows(batch))
+        return self.fitted.factors(batch)
 
     def influence_factors_by_block(self, x: object, y: object) -> dict[str, Tensor]:
         """As `influence_factors`, block name -> ``(n, P_block)`` in the order of the block."""
-        fitted = self.fitted
-        rows = fitted.provider.rows(fitted.provider.batch(x, y))
-        return {
-            name: fitted.blocks[name].inverse.apply(rows[:, where])
-            for name, where in fitted.positions().items()
-        }
+        parts = self.fitted.gradients_by_block(x, y)
+        return {name: self.inverses[name].apply(part) for name, part in parts.items()}
 
     # --- influences ----------------------------------------------------------------------
 
@@ -552,10 +531,7 @@ class InfluenceFunctionModel(ABC):
 
     def scores_of(self, factors: Tensor, batch: Batch, mode: InfluenceMode) -> Tensor:
         """As `influences_from_factors`, of what was checked."""
-        provider = self.fitted.provider
-        if mode is InfluenceMode.UP:
-            return provider.products(batch, factors)
-        return provider.mixed_products(batch, factors)
+        return self.fitted.scores(factors, batch, mode)
 
     def influences(
         self,
@@ -613,48 +589,9 @@ class InfluenceFunctionModel(ABC):
             y: Their targets.
             mode: An `InfluenceMode` or its name.
         """
-        mode = checked_mode(mode, InfluenceMode, "mode")
-        provider = self.fitted.provider
-        return self._block_scores(self._joined(factors), provider.batch(x, y), mode)
-
-    def _block_scores(
-        self, factors: Tensor, batch: Batch, mode: InfluenceMode
-    ) -> dict[str, Tensor]:
-        fitted = self.fitted
-        spaces = {name: block.space for name, block in fitted.blocks.items()}
-        products = (
-            fitted.provider.block_products
-            if mode is InfluenceMode.UP
-            else fitted.provider.block_mixed_products
-        )
-        by_names = products(batch, factors, spaces.values())
-        return {name: by_names[space.names] for name, space in spaces.items()}
-
-    def _joined(self, factors: Mapping[str, Tensor] | Tensor) -> Tensor:
-        """Factors by block as flat ones."""
-        fitted = self.fitted
-        if not isinstance(factors, Mapping):
-            return checked_factors(factors, fitted.space, "factors")
-        if set(factors) != set(fitted.blocks):
-            raise ParameterNameError(
-                f"factors has the blocks {list(factors)}, the model {list(fitted.blocks)}"
-            )
-        rows = {
-            name: checked_rows(
-                factors[name], space.size, space.dtype, space.device, f"factors[{name!r}]"
-            )
-            for name, space in ((n, b.space) for n, b in fitted.blocks.items())
-        }
-        counts = {name: len(part) for name, part in rows.items()}
-        if len(set(counts.values())) > 1:
-            raise ShapeError(f"factors has blocks of different numbers of points, {counts}")
-        space = fitted.space
-        flat = torch.zeros(
-            next(iter(counts.values())), space.size, dtype=space.dtype, device=space.device
-        )
-        for name, where in fitted.positions().items():
-            flat[:, where] = rows[name]
-        return flat
+        mode, fitted = checked_mode(mode, InfluenceMode, "mode"), self.fitted
+        batch = fitted.provider.batch(x, y)
+        return fitted.block_scores(fitted.joined(factors), batch, mode)
 
     def influences_by_block(
         self,
@@ -667,15 +604,14 @@ class InfluenceFunctionModel(ABC):
         """As `influences`, by block; the sum over blocks is what that returns."""
         mode = checked_mode(mode, InfluenceMode, "mode")
         test, train = self._pair(x_test, y_test, x, y)
-        return self._block_scores(self.factors_of(test), train, mode)
+        return self.fitted.block_scores(self.factors_of(test), train, mode)
 
     def self_influence_by_block(self, x: object, y: object) -> dict[str, Tensor]:
         """As `self_influence`, by block; the sum over blocks is what that returns."""
-        fitted = self.fitted
-        rows = fitted.provider.rows(fitted.provider.batch(x, y))
+        parts = self.fitted.gradients_by_block(x, y)
         return {
-            name: (fitted.blocks[name].inverse.apply(part) * part).sum(dim=1)
-            for name, part in ((n, rows[:, where]) for n, where in fitted.positions().items())
+            name: (self.inverses[name].apply(part) * part).sum(dim=1)
+            for name, part in parts.items()
         }
 
     def explore_regularization(
@@ -704,8 +640,7 @@ class InfluenceFunctionModel(ABC):
             raise ArgumentTypeError(
                 f"values must be numbers or Dampings, each for all blocks, got {values!r}"
             )
-        rows = fitted.provider.rows(fitted.provider.batch(x, y))
-        parts = {name: rows[:, where] for name, where in fitted.positions().items()}
+        parts = fitted.gradients_by_block(x, y)
         results = {}
         for value in values:
             inverses = self.with_regularization(value).inverses
@@ -753,7 +688,8 @@ class InfluenceFunctionModel(ABC):
         head = f"{type(self).__name__}({', '.join(shown)})"
         if self._fit is None:
             return f"{head}, not fitted"
-        points = "" if self._fit.num_points is None else f" on {self._fit.num_points} points"
+        count = self._fit.data.num_points
+        points = "" if count is None else f" on {count} points"
         lines = [f"{head}, fitted{points}"]
         for name, block in self._fit.blocks.items():
             lines.append(f"   block {name!r}: {block.inverse._label()} of {block.space.size}")
@@ -767,32 +703,6 @@ def _without_silent(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: item for key, item in value.items() if key not in SILENT}
     return value
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What a pass over the data of an operator found; ``None`` where it has none."""
-
-    num_points: int | None = None
-    fingerprint: str | None = None
-    order: str | None = None
-
-
-def _checked_data(operator: TensorOperator) -> _Seen:
-    """Looks at every batch once."""
-    streams: dict[int, BatchOperator] = {}
-    orders: list[Description] = []
-    for part in batch_operators(operator):
-        if id(part.stream) not in streams:
-            streams[id(part.stream)] = part
-            with isolated(part.device):
-                orders += [digest_of_batch(batch) for batch in part.checked_batches(part.stream)]
-        part.check_data()
-    if not streams:
-        return _Seen()
-    parts = list(streams.values())
-    fingerprints = " ".join(str(part.stream.fingerprint) for part in parts)
-    return _Seen(parts[0].stream.num_points, fingerprints, digest_of_description(orders))
 
 
 def _checked_inverse(inverse: object, operator: TensorOperator) -> TensorOperator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from hessops.influence.description import (
     digest_of_tensors,
 )
 from hessops.influence.files import write_whole
-from hessops.influence.fitted import FittedModel
+from hessops.influence.fitted import FittedModel, TrainingData
 from hessops.objective import Objective
 from hessops.operators.base import TensorOperator
 from hessops.operators.dense import MatrixOperator
@@ -38,9 +38,7 @@ class SavedFit:
     Attributes:
         path: Where it came from, for messages.
         parameters: A hash of the model's parameters and buffers.
-        num_points: Number of training points.
-        data_fingerprint: A hash of them.
-        data_order: A hash of them in their batches and order.
+        data: The training data.
         randomness: See `FittedModel`.
         mean_eigenvalues: Block name -> tr(A)/P, where it was needed.
         tensors: Block name -> what was kept of its curvature.
@@ -48,9 +46,7 @@ class SavedFit:
 
     path: Path
     parameters: str
-    num_points: int | None
-    data_fingerprint: str | None
-    data_order: str | None
+    data: TrainingData
     randomness: str
     mean_eigenvalues: Mapping[str, float]
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -65,12 +61,12 @@ class SavedFit:
 
     def require_data(self, fingerprint: str | None) -> None:
         """Raises `StoreError` unless these are the training points of the file."""
-        stored = self.data_fingerprint or str(fingerprint)
+        stored = self.data.fingerprint or str(fingerprint)
         # One for each part of a composite curvature that passes over data.
         if fingerprint != stored and fingerprint not in stored.split():
             raise StoreError(
-                f"{self.path} was written for other training data ({self.num_points} points) than "
-                "dataloader gives"
+                f"{self.path} was written for other training data ({self.data.num_points} points) "
+                "than dataloader gives"
             )
 
     def kept(self, block: str, space: ParameterSpace) -> TensorOperator:
@@ -121,9 +117,7 @@ def save_fit(
         "format": FORMAT,
         "configuration": dict(configuration),
         "parameters": digest_of_objective(fitted.provider.objective),
-        "num_points": fitted.num_points,
-        "data_fingerprint": fitted.data_fingerprint,
-        "data_order": fitted.data_order,
+        "data": asdict(fitted.data),
         "randomness": fitted.randomness,
         "mean_eigenvalues": {name: mean for name, mean in means.items() if mean is not None},
         "tensors": tensors,
@@ -183,6 +177,10 @@ def load_fit(path: str | Path, configuration: Mapping[str, Description]) -> Save
         )
     if _checksum(content["tensors"], content["mean_eigenvalues"]) != content["checksum"]:
         raise StoreError(f"{path} is damaged: its numbers do not have the checksum they had")
+    try:
+        content["data"] = TrainingData(**content["data"])
+    except TypeError as error:
+        raise StoreError(f"{path} does not say which training data it is for: {error}") from error
     return SavedFit(path, *(content[name] for name in fields))
 
 

@@ -69,7 +69,7 @@ def manifest_of(
         "parameters": digest_of_objective(objective),
         "configuration": dict(model.configuration()),
         "regularization": {n: b.regularization.hex() for n, b in sorted(fitted.blocks.items())},
-        "fit data": [fitted.data_fingerprint, fitted.data_order],
+        "fit data": [fitted.data.fingerprint, fitted.data.order],
         "kept": {name: _digest_of_kept(b.kept) for name, b in sorted(fitted.blocks.items())},
         "randomness": fitted.randomness,
         "losses": losses,
