@@ -1124,3 +1124,29 @@ def test_a_damaged_file_is_refused(problem: Problem, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="other training data"):
         again.load(path, [(problem.x[:2], problem.y[:2])])
     assert again.load(path, problem.batches()).is_fitted
+
+
+def test_a_file_is_replaced_and_never_written_to(problem: Problem, tmp_path: Path) -> None:
+    path = tmp_path / "fit"
+    path.write_bytes(b"what was there")
+    with path.open("rb") as reader:
+        fitted(problem).save(path)
+        assert reader.read() == b"what was there"
+    assert path.read_bytes() != b"what was there"
+
+
+def test_gradients_of_points_that_are_not_parts_of_the_batch_are_refused() -> None:
+    class OtherAlone(nn.Module):
+        """A function of one point at a time in every batch but one of a single point."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if len(x) > 1 else 2 * self.layer(x)
+
+    x, y = torch.randn(8, 2), torch.randn(8, 1)
+    influence = DirectInfluence(OtherAlone(), nn.MSELoss(), 0.1).fit([(x, y)])
+    with pytest.raises(ModelError, match="do not add up"):
+        influence.influence_factors(x, y)
