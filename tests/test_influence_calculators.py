@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -146,9 +147,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(mode: str, tmp_path: Path) -> No
     assert report["same"]
 
 
+def measured_run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # Large blocks are given back when they are freed, so that a stage begins with none to reuse.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, str(HERE / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+
+
 def test_peak_memory_does_not_grow_with_the_training_points(tmp_path: Path) -> None:
-    command = [sys.executable, str(HERE / "peak_memory.py"), str(tmp_path), "1000", "4000"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    finished = measured_run("peak_memory.py", str(tmp_path), "1000", "4000")
     few, many = json.loads(finished.stdout)
     print(f"peak at 1000 points: {few} KiB, at 4000: {many} KiB")
     assert few > 0
@@ -410,8 +417,7 @@ def test_the_memory_of_every_stage_is_told_before() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by /proc of Linux")
 def test_the_estimated_memory_is_the_measured_one_to_a_factor_of_three() -> None:
-    command = [sys.executable, str(HERE / "stage_memory.py")]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    finished = measured_run("stage_memory.py")
     for model, stages in json.loads(finished.stdout).items():
         for stage, (estimated, measured) in stages.items():
             print(f"{model}, {stage}: estimated {estimated:.0f} MiB, measured {measured:.0f} MiB")
