@@ -5,18 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from hessops.batch.model import ModelBatchOperation
-from hessops.functional.products import (
-    JacobianProducts,
-    LinearFunction,
-    differentiable,
-    forward_mode_products,
-    gradient_by_outputs,
-)
-from hessops.nested import differentiable_leaves, map_tensors
+from hessops.functional.outputs import LinearizedOutputs, along_gradients
+from hessops.functional.products import LinearFunction, forward_mode_products
+from hessops.nested import differentiable_leaves
 from hessops.streaming import Batch
 
 OutputMap = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -37,28 +31,16 @@ class _OutputSpaceOperation(ModelBatchOperation):
 
     def _linearize(self, batch: Batch, *, forward_mode: bool) -> LinearFunction:
         objective = self.objective
-        leaves = differentiable(objective.params)
-        with torch.enable_grad():
-            output = objective.output(leaves, batch.x)
-        parts = differentiable_leaves(output)
-        jacobian = JacobianProducts(parts, leaves, self._stacked_gradient)
-        gradients, apply_hessian = gradient_by_outputs(
-            lambda new: objective.output_loss(_with_parts(output, new), batch), parts
-        )
-        output_map = self._output_map(gradients, apply_hessian, batch.size)
+        outputs = LinearizedOutputs(objective, batch, self._stacked_gradient)
+        output_map = self._output_map(outputs.gradients, outputs.apply_hessian, batch.size)
         push = (
             forward_mode_products(
                 lambda p: differentiable_leaves(objective.output(p, batch.x)), objective.params
             )
             if forward_mode
-            else jacobian.push
+            else outputs.jacobian.push
         )
-        return lambda stack: jacobian.pull(output_map(push(stack)))
-
-
-def _with_parts(output: object, parts: Sequence[Tensor]) -> object:
-    remaining = iter(parts)
-    return map_tensors(lambda t: next(remaining) if t.is_floating_point() else t, output)
+        return lambda stack: outputs.jacobian.pull(output_map(push(stack)))
 
 
 class GaussNewtonBatchOperation(_OutputSpaceOperation):
@@ -91,10 +73,7 @@ class GaussNewtonBatchOperation(_OutputSpaceOperation):
         rows = [g.reshape(size, -1) for g in gradients]
 
         def apply(pushed: Sequence[Tensor]) -> list[Tensor]:
-            k = len(pushed[0])
-            along = torch.stack(
-                [(p.reshape(k, size, -1) * r).sum(dim=2) for p, r in zip(pushed, rows, strict=True)]
-            ).sum(dim=0)
+            along = along_gradients(pushed, gradients)
             return [
                 (size * along.unsqueeze(2) * r).reshape(p.shape)
                 for p, r in zip(pushed, rows, strict=True)

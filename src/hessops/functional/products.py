@@ -153,7 +153,7 @@ def hessian_products(
     gradient_of = stacked_gradient or StackedGradient(create_graph=track_gradients)
     leaves = dict(params) if track_gradients else differentiable(params)
     with torch.enable_grad():
-        gradients = _gradient_with_graph([function(leaves)], None, list(leaves.values()))
+        gradients = gradient_with_graph([function(leaves)], None, list(leaves.values()))
 
     def apply(stack: Stack) -> Stack:
         rows = [stack[name] for name in leaves]
@@ -200,9 +200,7 @@ class JacobianProducts:
         """A weight u per output, and Jᵀu with the graph that leads back to u."""
         dummies = [torch.zeros_like(out, requires_grad=True) for out in self._outputs]
         with torch.enable_grad():
-            return dummies, _gradient_with_graph(
-                self._outputs, dummies, list(self._leaves.values())
-            )
+            return dummies, gradient_with_graph(self._outputs, dummies, list(self._leaves.values()))
 
     def push(self, stack: Stack) -> list[Tensor]:
         """J v: a stack of parameters to one tensor ``(k, *output.shape)`` per output.
@@ -219,7 +217,7 @@ class JacobianProducts:
         return dict(zip(self._leaves, gradients, strict=True))
 
 
-def _gradient_with_graph(
+def gradient_with_graph(
     outputs: list[Tensor], weights: list[Tensor] | None, inputs: list[Tensor]
 ) -> list[Tensor]:
     """Gradients that can be differentiated again; zeros without a graph where there are none."""
@@ -255,7 +253,7 @@ def gradient_by_outputs(
     with torch.enable_grad():
         # Cloned, so that a loss that writes to its input writes to no leaf.
         value = function([leaf.clone() for leaf in leaves])
-        gradients = _gradient_with_graph([value], None, leaves)
+        gradients = gradient_with_graph([value], None, leaves)
 
     def apply_hessian(weights: Sequence[Tensor]) -> list[Tensor]:
         return gradient_of(gradients, leaves, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,16 +16,15 @@ from hessops.functional.gradients import (
     vectorised_or_looped,
 )
 from hessops.functional.memory import RetainedBytes
+from hessops.functional.outputs import LinearizedOutputs
 from hessops.functional.products import (
-    JacobianProducts,
     Stack,
     StackedGradient,
     differentiable,
-    gradient_by_outputs,
+    gradient_with_graph,
 )
 from hessops.functional.seen import SeenBatches
 from hessops.isolation import isolated
-from hessops.nested import differentiable_leaves, map_tensors
 from hessops.objective import Objective
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch
@@ -258,34 +257,16 @@ class _Scores:
     what = "the points' gradients"
 
     def __init__(self, objective: Objective, batch: Batch, gradient: StackedGradient) -> None:
-        leaves = differentiable(objective.params)
-        self._dtype = objective.space.dtype
-        with torch.enable_grad():
-            output = objective.output(leaves, batch.x)
-        parts = differentiable_leaves(output)
-        self._jacobian = JacobianProducts(parts, leaves, gradient)
-
-        def loss_of(new: Sequence[Tensor]) -> Tensor:
-            remaining = iter(new)
-            replaced = map_tensors(
-                lambda t: next(remaining) if t.is_floating_point() else t, output
-            )
-            return objective.output_loss(replaced, batch)
-
-        by_outputs, _ = gradient_by_outputs(loss_of, parts)
-        # The mean loss has r_i / n as its gradient by output i.
-        self._rows = [batch.size * g.reshape(batch.size, -1) for g in by_outputs]
+        self._outputs = LinearizedOutputs(objective, batch, gradient)
+        self._size, self._dtype = batch.size, objective.space.dtype
 
     def __call__(self, stack: Stack) -> Tensor:
-        pushed = self._jacobian.push(stack)
-        terms = [
-            (p.reshape(len(p), *r.shape) * r).sum(dim=2)
-            for p, r in zip(pushed, self._rows, strict=True)
-        ]
-        return torch.stack(terms).sum(dim=0).to(self._dtype)
+        # The mean loss has r_i / n as its gradient by output i.
+        along = self._outputs.along_gradients(self._outputs.jacobian.push(stack))
+        return (self._size * along).to(self._dtype)
 
     def empty(self) -> Tensor:
-        return self._rows[0].new_zeros(0, len(self._rows[0]), dtype=self._dtype)
+        return self._outputs.gradients[0].new_zeros(0, self._size, dtype=self._dtype)
 
 
 class _MixedScores:
@@ -300,13 +281,8 @@ class _MixedScores:
             output = objective.output(leaves, self._x)
             # Row i of x has a share in the loss of point i only: one sum serves all points.
             total = batch.size * objective.output_loss(output, batch)
-            gradients = torch.autograd.grad(
-                total, list(leaves.values()), create_graph=True, allow_unused=True
-            )
-        self._gradients = {
-            name: torch.zeros_like(leaf) if g is None else g
-            for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
-        }
+            gradients = gradient_with_graph([total], None, list(leaves.values()))
+        self._gradients = dict(zip(leaves, gradients, strict=True))
         self._gradient_of = gradient
 
     def __call__(self, stack: Stack) -> Tensor:
