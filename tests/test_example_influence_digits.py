@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from example_scripts import loaded
 
 from hessops import GeneralizedGaussNewtonOperator
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "influence_digits.py"
 NUM_TRAIN = 300
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    specification = importlib.util.spec_from_file_location("influence_digits", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["influence_digits"] = module
-    specification.loader.exec_module(module)
-    return module
+    return loaded("influence_digits")
 
 
 @pytest.fixture(scope="module")

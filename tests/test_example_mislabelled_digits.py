@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from example_scripts import loaded
 
 from hessops import GeneralizedGaussNewtonOperator, Objective
 from hessops.functional import mean_gradient, per_sample_gradients
 from hessops.streaming import Batch
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "mislabelled_digits.py"
 NUM_TRAIN = 150
 
 
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import sys
-
-    specification = importlib.util.spec_from_file_location("mislabelled_digits", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["mislabelled_digits"] = module
-    specification.loader.exec_module(module)
-    return module
+    return loaded("mislabelled_digits")
 
 
 @pytest.fixture(scope="module")
