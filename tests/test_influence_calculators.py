@@ -558,6 +558,38 @@ def _returned(operator: object, *arguments: object) -> object:
     return operator
 
 
+def test_losses_stand_for_what_has_no_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = Problem()
+    points = p.batches((7,))
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        scale = float(os.environ["SCALE_OF_THE_LOSS"])
+        return scale * nn.functional.cross_entropy(output, target)
+
+    def calculator(scale: str) -> SequentialInfluenceCalculator:
+        monkeypatch.setenv("SCALE_OF_THE_LOSS", scale)
+        return SequentialInfluenceCalculator(DirectInfluence(p.model, loss, 0.1).fit(points))
+
+    calculator("1.0").influence_factors(points).to_zarr(tmp_path / "factors")
+    calculator("1.0").influences(points, points).to_zarr(tmp_path / "influences")
+    with pytest.raises(StoreError, match="losses"):
+        calculator("2.0").influence_factors(points).to_zarr(tmp_path / "factors")
+    with pytest.raises(StoreError, match="losses"):
+        calculator("2.0").influences(points, points).to_zarr(tmp_path / "influences")
+
+
+def test_what_was_stored_is_opened_for_reading(tmp_path: Path) -> None:
+    data = Collections()
+    for array in (
+        data.lazy().to_zarr(tmp_path / "a"),
+        data.calculator.influence_factors(data.test).to_zarr(tmp_path / "b"),
+    ):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0, 0] = 1.0
+
+
 def test_factors_that_are_none_are_refused() -> None:
     data = Collections()
     calculator, size = data.calculator, data.model.space.size

@@ -76,12 +76,6 @@ def _flat(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[st
     return flat
 
 
-def settings_of(arguments: Mapping[str, object]) -> dict[str, object]:
-    """The arguments that decide what is computed, but for model, loss, λ and blocks."""
-    apart = ("model", "loss", "regularization", "block_structure", *SILENT)
-    return {name: value for name, value in arguments.items() if name not in apart}
-
-
 def changed_settings(model: object) -> list[str]:
     """The arguments beyond model and loss that are not the defaults, as ``name=value``."""
     parameters = inspect.signature(type(model).__init__).parameters

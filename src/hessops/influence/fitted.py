@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -110,25 +111,27 @@ class FittedModel:
         """The covered parameters."""
         return self.provider.space
 
+    @cached_property
     def positions(self) -> dict[str, Tensor]:
         """Where the parameters of each block are in the flat vector."""
         return {name: self.space.indices(b.space.names) for name, b in self.blocks.items()}
 
+    @cached_property
     def joint_inverse(self) -> TensorOperator:
         """The inverses of the blocks as one operator on the flat vector."""
         inverses = [block.inverse for block in self.blocks.values()]
         if len(inverses) == 1:
             return inverses[0]
-        return BlockDiagonalOperator._at(inverses, list(self.positions().values()), self.space)
+        return BlockDiagonalOperator._at(inverses, list(self.positions.values()), self.space)
 
     def gradients_by_block(self, x: object, y: object) -> dict[str, Tensor]:
         """The gradients of n points, block name -> ``(n, P_block)``."""
         rows = self.provider.rows(self.provider.batch(x, y))
-        return {name: rows[:, where] for name, where in self.positions().items()}
+        return {name: rows[:, where] for name, where in self.positions.items()}
 
     def factors(self, batch: Batch) -> Tensor:
         """The factors of the points of a batch, ``(n, P)``."""
-        return self.joint_inverse().apply(self.provider.rows(batch))
+        return self.joint_inverse.apply(self.provider.rows(batch))
 
     def scores(self, factors: Tensor, batch: Batch, mode: InfluenceMode) -> Tensor:
         """The influences of the points of a batch, from factors ``(m, P)``."""
@@ -168,7 +171,7 @@ class FittedModel:
         if len(set(counts.values())) > 1:
             raise ShapeError(f"factors has blocks of different numbers of points, {counts}")
         flat = next(iter(parts.values())).new_zeros(max(counts.values()), self.space.size)
-        for name, where in self.positions().items():
+        for name, where in self.positions.items():
             flat[:, where] = parts[name]
         return flat
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -68,8 +68,8 @@ class FactorSource(ABC):
         """Rows that `rows` yields first."""
 
     @abstractmethod
-    def description(self) -> Description:
-        """What decides the factors, for manifests."""
+    def description(self, model: InfluenceFunctionModel) -> Description:
+        """What decides the factors beside a model, which is in the manifest anyway."""
 
 
 class GivenFactors(FactorSource):
@@ -108,7 +108,7 @@ class GivenFactors(FactorSource):
         """`PIECE`, or m where that is smaller."""
         return min(self.PIECE, self.num_points)
 
-    def description(self) -> Description:
+    def description(self, model: InfluenceFunctionModel) -> Description:
         """Hashes of the pieces."""
         pieces = (self._read(self._factors[rows.points]) for rows in self.rows(lambda _: False))
         return [digest_of_tensors({"factors": piece}) for piece in pieces]
@@ -180,13 +180,15 @@ class LazyFactors(FactorSource):
                 chunks=(checked_count(rows, "row_chunk"), columns),
                 dtype=self._model.space.dtype,
                 manifest=manifest_of(
-                    self._model, {"kind": "factors", "points": self.description()}
+                    self._model,
+                    {"kind": "factors", "points": self.description(self._model)},
+                    self._batches.first(),
                 ),
             )
-            regular = regular_rows(self, rows, lambda block: not store.holds((block, 0)))
+            regular = regular_rows(self, rows, store.missing())
             for block, factors in self._shown(regular, store.grid[0]):
                 store.write((block, 0), factors)
-            return store.array
+            return store.reader()
 
     def _shown(
         self, blocks: Iterable[tuple[int, Tensor]], total: int
@@ -210,14 +212,13 @@ class LazyFactors(FactorSource):
         """Points of the first batch."""
         return self._batches.survey().sizes[0]
 
-    def description(self) -> Description:
-        """The sizes of the batches, a hash of their points in order, and what they are for."""
-        survey, model = self._batches.survey(), manifest_of(self._model, {})
-        return {
-            "order": survey.order,
-            "batches": list(survey.sizes),
-            "model": digest_of_description(model),
-        }
+    def description(self, model: InfluenceFunctionModel) -> Description:
+        """The sizes of the batches and a hash of their points in order; and a foreign model."""
+        survey = self._batches.survey()
+        points: dict[str, Description] = {"order": survey.order, "batches": list(survey.sizes)}
+        if self._model.fitted is not model.fitted:
+            points["model"] = digest_of_description(manifest_of(self._model, {}))
+        return points
 
 
 @dataclass(frozen=True)
@@ -396,10 +397,11 @@ class LazyInfluences:
         with isolated(self._model.space.device):
             store = self._store(path, row_chunk, column_chunk)
             with self._bar() as bar:
+                missing = store.missing()
                 bar.total = prod(store.grid)
-                bar.update(store.num_held())
-                self._fill(store, bar)
-            return store.array
+                bar.update(bar.total - sum(map(len, missing.values())))
+                self._fill(store, missing, bar)
+            return store.reader()
 
     def _store(
         self, path: str | Path, row_chunk: int | None, column_chunk: int | None
@@ -419,7 +421,7 @@ class LazyInfluences:
         what: dict[str, Description] = {
             "kind": "influences",
             "mode": str(self.mode),
-            "test": self._factors.description(),
+            "test": self._factors.description(self._model),
             "train": {"order": survey.order, "batches": list(survey.sizes)},
         }
         manifest = manifest_of(self._model, what, self._train.first())
@@ -432,42 +434,29 @@ class LazyInfluences:
             return self._model.space.dtype
         return require_floating(self._train.first().x).dtype
 
-    def _fill(self, store: ChunkStore, bar: tqdm[NoReturn]) -> None:
-        """Computes and writes the chunks that a store does not hold."""
-        num_columns = store.grid[1]
-
-        def missing(block: int) -> list[int]:
-            return [c for c in range(num_columns) if not store.holds((block, c))]
-
-        for block, factors in regular_rows(
-            self._factors, store.chunks[0], lambda b: bool(missing(b))
-        ):
-            columns = set(missing(block))
-            for column, values in self._columns(factors, store.chunks[1], columns):
-                store.write((block, column), values)
+    def _fill(
+        self, store: ChunkStore, missing: Mapping[int, set[int]], bar: tqdm[NoReturn]
+    ) -> None:
+        """Computes and writes the chunks that a store does not hold, row -> columns."""
+        for row, factors in regular_rows(self._factors, store.chunks[0], missing):
+            for column, values in self._columns(factors, store.chunks[1], missing[row]):
+                store.write((row, column), values)
                 bar.update()
 
     def _columns(
-        self, factors: Tensor, width: int, wanted: set[int]
+        self, factors: Tensor, width: int, wanted: Container[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """The influences by columns of a regular width, those that are wanted."""
-        total = self._train.survey().num_points
-        pending: list[Tensor] = []
-        for placed in self._train:
-            blocks = _blocks_of(placed.points, width)
-            if not wanted.intersection(blocks):
-                continue
-            values = self._scored(factors, placed).cpu()
-            for block in blocks:
-                start, stop = block * width, min((block + 1) * width, total)
-                first = max(start, placed.start) - placed.start
-                last = min(stop, placed.points.stop) - placed.start
-                if block not in wanted:
-                    continue
-                pending.append(values[:, first:last])
-                if placed.points.stop >= stop:
-                    yield block, torch.cat(pending, dim=1)
-                    pending = []
+        pieces = (
+            (
+                placed.points,
+                self._scored(factors, placed).cpu()
+                if _any_wanted(placed.points, width, wanted)
+                else None,
+            )
+            for placed in self._train
+        )
+        return regrouped(pieces, width, self._train.survey().num_points, wanted, dim=1)
 
 
 def _blocks_of(points: slice, width: int) -> range:
@@ -475,31 +464,64 @@ def _blocks_of(points: slice, width: int) -> range:
     return range(points.start // width, -(-points.stop // width))
 
 
+def _any_wanted(points: slice, width: int, wanted: Container[int]) -> bool:
+    return any(block in wanted for block in _blocks_of(points, width))
+
+
 def regular_rows(
-    source: FactorSource, height: int, wanted: Callable[[int], bool]
+    source: FactorSource, height: int, wanted: Container[int]
 ) -> Iterator[tuple[int, Tensor]]:
     """Factors by blocks of a regular number of rows, those that are wanted.
 
     Args:
         source: Factors by rows of any number.
         height: Rows of a block.
-        wanted: Whether a block is.
+        wanted: The blocks that are.
     """
-    total = source.num_points
-    needed = [wanted(block) for block in range(-(-total // height))]
+    pieces = (
+        (rows.points, rows.factors)
+        for rows in source.rows(lambda points: _any_wanted(points, height, wanted))
+    )
+    return regrouped(pieces, height, source.num_points, wanted, dim=0)
+
+
+def regrouped(
+    pieces: Iterable[tuple[slice, Tensor | None]],
+    width: int,
+    total: int,
+    wanted: Container[int],
+    *,
+    dim: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Consecutive pieces of any width as blocks of a regular one.
+
+    Args:
+        pieces: Where each piece is along `dim`, and the piece; ``None`` where it is in no block
+            that is wanted.
+        width: That of a block; the last one may be narrower.
+        total: That of all pieces.
+        wanted: The numbers of the blocks to yield.
+        dim: The dimension along which there are pieces.
+
+    Example:
+        >>> import torch
+        >>> from hessops.influence.lazy import regrouped
+        >>> pieces = [(slice(0, 3), torch.tensor([0, 1, 2])), (slice(3, 5), torch.tensor([3, 4]))]
+        >>> list(regrouped(pieces, 2, 5, {1, 2}, dim=0))
+        [(1, tensor([2, 3])), (2, tensor([4]))]
+    """
     pending: list[Tensor] = []
-    for rows in source.rows(lambda points: any(needed[b] for b in _blocks_of(points, height))):
-        if rows.factors is None:
+    for where, piece in pieces:
+        if piece is None:
             continue
-        for block in _blocks_of(rows.points, height):
-            start, stop = block * height, min((block + 1) * height, total)
-            first = max(start, rows.points.start) - rows.points.start
-            last = min(stop, rows.points.stop) - rows.points.start
-            if not needed[block]:
+        for block in _blocks_of(where, width):
+            if block not in wanted:
                 continue
-            pending.append(rows.factors[first:last])
-            if rows.points.stop >= stop:
-                yield block, torch.cat(pending)
+            start, stop = block * width, min((block + 1) * width, total)
+            first, last = max(start, where.start), min(stop, where.stop)
+            pending.append(piece.narrow(dim, first - where.start, last - first))
+            if where.stop >= stop:
+                yield block, torch.cat(pending, dim=dim)
                 pending = []
 
 

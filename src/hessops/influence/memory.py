@@ -11,6 +11,7 @@ from hessops.functional.columns import columns_that_fit
 from hessops.functional.gradients import GRADIENT_BYTES
 from hessops.functional.memory import RetainedBytes
 from hessops.functional.products import differentiable
+from hessops.influence.gradients import require_floating
 from hessops.influence.model import InfluenceFunctionModel
 from hessops.influence.modes import InfluenceMode
 from hessops.influence.ordered import OrderedBatches
@@ -76,7 +77,8 @@ def estimated_memory(
     columns = min(first_test.size, columns_that_fit(space, of_train))
     # A stacked product holds a few vectors and the gradients of the activations for each column.
     product = columns * (4 * space.size * itemsize + of_train) if model.needs_data else 0
-    scored = _inputs_of(first_train) if mode is InfluenceMode.PERTURBATION else 1
+    perturbs = mode is InfluenceMode.PERTURBATION
+    scored = require_floating(first_train.x)[0].numel() if perturbs else 1
     # A graph that is differentiated again retains about three times what a forward does.
     scores = factors + 3 * of_train + columns * of_train
     scores += first_test.size * first_train.size * scored * itemsize
@@ -100,10 +102,6 @@ def _retained(objective: Objective, batch: Batch) -> int:
     ):
         objective.batch_loss(differentiable(objective.params), batch)
     return retained.total
-
-
-def _inputs_of(batch: Batch) -> int:
-    return batch.x[0].numel() if isinstance(batch.x, Tensor) else 1
 
 
 def _held_by(model: InfluenceFunctionModel) -> int:

@@ -13,7 +13,6 @@ from typing import ClassVar, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
-from hessops.batch.model import ModelBatchOperation
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -207,9 +206,7 @@ class InfluenceFunctionModel(ABC):
         """The hook for the diagonal blocks of A, by block."""
         if len(self._blocks) == 1:
             return dict.fromkeys(self._blocks, operator)
-        if isinstance(operator, BatchOperator) and isinstance(
-            operator.batch_operation, ModelBatchOperation
-        ):
+        if isinstance(operator, BatchOperator) and operator.objective is not None:
             return {name: operator.restricted(b.names) for name, b in self._blocks.items()}
         return {
             name: DiagonalBlock(operator, self._space.indices(block.names), block)
@@ -274,12 +271,9 @@ class InfluenceFunctionModel(ABC):
 
     def _objective_of(self, operator: TensorOperator) -> Objective:
         """The model and the loss whose gradients are taken, copied once where that is possible."""
-        if isinstance(operator, BatchOperator) and isinstance(
-            operator.batch_operation, ModelBatchOperation
-        ):
-            objective = operator.batch_operation.objective
-            if objective.is_of(self.model, self.loss, self.reduction):
-                return objective
+        objective = operator.objective if isinstance(operator, BatchOperator) else None
+        if objective is not None and objective.is_of(self.model, self.loss, self.reduction):
+            return objective
         return Objective(self.model, self.loss, self._space.names, reduction=self.reduction)
 
     def _fitted_block(
@@ -461,7 +455,7 @@ class InfluenceFunctionModel(ABC):
     @property
     def inverse(self) -> TensorOperator:
         """All of them as one operator on the flat vector of the covered parameters."""
-        return self.fitted.joint_inverse()
+        return self.fitted.joint_inverse
 
     @property
     def gradient_provider(self) -> GradientProvider:
@@ -496,8 +490,8 @@ class InfluenceFunctionModel(ABC):
 
     def influence_factors_by_block(self, x: object, y: object) -> dict[str, Tensor]:
         """As `influence_factors`, block name -> ``(n, P_block)`` in the order of the block."""
-        parts = self.fitted.gradients_by_block(x, y)
-        return {name: self.inverses[name].apply(part) for name, part in parts.items()}
+        parts, inverses = self.fitted.gradients_by_block(x, y), self.inverses
+        return {name: inverses[name].apply(part) for name, part in parts.items()}
 
     # --- influences ----------------------------------------------------------------------
 
@@ -608,10 +602,9 @@ class InfluenceFunctionModel(ABC):
 
     def self_influence_by_block(self, x: object, y: object) -> dict[str, Tensor]:
         """As `self_influence`, by block; the sum over blocks is what that returns."""
-        parts = self.fitted.gradients_by_block(x, y)
+        parts, inverses = self.fitted.gradients_by_block(x, y), self.inverses
         return {
-            name: (self.inverses[name].apply(part) * part).sum(dim=1)
-            for name, part in parts.items()
+            name: (inverses[name].apply(part) * part).sum(dim=1) for name, part in parts.items()
         }
 
     def explore_regularization(

@@ -77,7 +77,20 @@ class DirectInfluence(InfluenceFunctionModel):
         return DirectSolveOperator(operator.matrix, regularization, space=operator.space)
 
 
-class CgInfluence(InfluenceFunctionModel):
+class _SolverInfluence(InfluenceFunctionModel):
+    """An inverse by a solver, which adapts to another λ what it found out about the operator."""
+
+    # The arguments of the solver beyond operator and λ.
+    _settings: dict[str, Any]
+
+    def _reinvert(
+        self, inverse: TensorOperator, operator: TensorOperator, regularization: float
+    ) -> TensorOperator:
+        assert isinstance(inverse, InverseOperator)
+        return inverse.with_regularization(regularization)
+
+
+class CgInfluence(_SolverInfluence):
     """Influences by conjugate gradients; nothing of the size of a matrix is made.
 
     See `hessops.CgOperator` for the arguments after `second_order_mode`, the outcomes of a solve
@@ -138,20 +151,13 @@ class CgInfluence(InfluenceFunctionModel):
         }
 
     def _invert(self, operator: TensorOperator, regularization: float) -> TensorOperator:
-        settings: dict[str, Any] = self._settings
-        inverse = CgOperator(operator, regularization, **settings)
+        inverse = CgOperator(operator, regularization, **self._settings)
         with isolated(operator.device):
             inverse.fitted_preconditioner()
         return inverse
 
-    def _reinvert(
-        self, inverse: TensorOperator, operator: TensorOperator, regularization: float
-    ) -> TensorOperator:
-        assert isinstance(inverse, InverseOperator)
-        return inverse.with_regularization(regularization)
 
-
-class LissaInfluence(InfluenceFunctionModel):
+class LissaInfluence(_SolverInfluence):
     """Influences by LiSSA, a recursion over the batches of the training data.
 
     See `hessops.LissaOperator` for the arguments after `second_order_mode`, what the recursion
@@ -221,20 +227,13 @@ class LissaInfluence(InfluenceFunctionModel):
                 f"LiSSA steps over batches, which {type(operator).__name__} does not have; use "
                 "LissaOperator.from_operator in an Influence"
             )
-        settings: dict[str, Any] = self._settings
         return LissaOperator(
             operator.batch_operation,
             operator.stream,
             regularization,
-            **settings,
+            **self._settings,
             generator=self.generator,
         )
-
-    def _reinvert(
-        self, inverse: TensorOperator, operator: TensorOperator, regularization: float
-    ) -> TensorOperator:
-        assert isinstance(inverse, InverseOperator)
-        return inverse.with_regularization(regularization)
 
 
 class _LowRankInfluence(InfluenceFunctionModel):

@@ -112,6 +112,8 @@ class OrderedBatches:
         for position, batch in enumerate(self._stream):
             if known is None:
                 self._provider.check(batch)
+            if self._first is None:
+                self._first = batch
             digest = digest_of_batch(batch)
             if known is not None:
                 self._require_same(known, position, digest)
@@ -145,9 +147,7 @@ class OrderedBatches:
 
     def first(self) -> Batch:
         """The first batch, checked."""
-        if self._first is None:
-            self._first = next(iter(self)).batch
-        return self._first
+        return next(iter(self)).batch if self._first is None else self._first
 
     @property
     def num_batches(self) -> int | None:

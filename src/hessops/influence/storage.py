@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from itertools import product
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -180,7 +179,7 @@ class ChunkStore:
                 compressors=[zarr.codecs.Crc32cCodec()],
                 fill_value=float("nan"),
             )
-        array = _opened(path)
+        array = _opened(path, "r+")
         found = (array.shape, array.chunks, str(array.dtype))
         expected = (tuple(shape), tuple(chunks), name)
         if found != expected:
@@ -213,10 +212,15 @@ class ChunkStore:
     def _chunk_bytes(self) -> int:
         return prod(self.chunks) * int(self.array.dtype.itemsize) + CHECKSUM_BYTES
 
-    def num_held(self) -> int:
-        """How many chunks were written."""
-        grid = self.grid
-        return sum(self.holds(place) for place in product(*map(range, grid)))
+    def missing(self) -> dict[int, set[int]]:
+        """The chunks that are to be written: rows of the grid -> columns."""
+        rows, columns = self.grid[:2]
+        absent = {r: {c for c in range(columns) if not self.holds((r, c))} for r in range(rows)}
+        return {row: some for row, some in absent.items() if some}
+
+    def reader(self) -> ZarrArray:
+        """The array, opened for reading."""
+        return _opened(self._path, "r")
 
     def write(self, place: Sequence[int], values: Tensor) -> None:
         """Writes a whole chunk.
@@ -235,9 +239,9 @@ class ChunkStore:
         self.array[region] = values.detach().cpu().numpy()
 
 
-def _opened(path: Path) -> ZarrArray:
+def _opened(path: Path, mode: str) -> ZarrArray:
     try:
-        array: ZarrArray = _zarr().open_array(str(path), mode="r+")
+        array: ZarrArray = _zarr().open_array(str(path), mode=mode)
     except OSError:
         raise
     except Exception as error:  # whatever zarr says of a description that it cannot read

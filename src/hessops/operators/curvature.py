@@ -20,6 +20,7 @@ from hessops.batch.model import Mode, ModelBatchOperation
 from hessops.batch.operation import BatchOperation
 from hessops.errors import ArgumentError, ArgumentTypeError, StructureError
 from hessops.isolation import isolated
+from hessops.objective import Objective
 from hessops.operators.base import TensorDictOperator, TensorOperator
 from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
@@ -140,6 +141,12 @@ class BatchOperator(TensorDictOperator):
         self.batch_operation.refresh()
         self._is_checked = False
         return self
+
+    @property
+    def objective(self) -> Objective | None:
+        """The model and loss of the batch operation; ``None`` where it has none."""
+        operation = self.batch_operation
+        return operation.objective if isinstance(operation, ModelBatchOperation) else None
 
     def restricted(self, names: Iterable[str]) -> Self:
         """The diagonal block of some of the parameters, in the order of the space.
@@ -263,9 +270,8 @@ class CurvatureOperator(BatchOperator):
         )
 
     def _source(self) -> str:
-        operation = self.batch_operation
-        model = operation.objective.model if isinstance(operation, ModelBatchOperation) else None
-        return type(model).__name__
+        objective = self.objective
+        return type(None if objective is None else objective.model).__name__
 
 
 class HessianOperator(CurvatureOperator):
