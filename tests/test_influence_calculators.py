@@ -510,7 +510,7 @@ def test_factors_of_another_model_are_not_taken_for_those_of_this_one(tmp_path: 
     other = SequentialInfluenceCalculator(data.model.with_regularization(0.5))
     foreign = other.influence_factors(data.test)
     data.calculator.influences_from_factors(foreign, data.train).to_zarr(tmp_path / "a")
-    with pytest.raises(StoreError, match="test"):
+    with pytest.raises(StoreError, match="test: stored"):
         data.lazy().to_zarr(tmp_path / "a")
 
 
@@ -574,9 +574,9 @@ def test_losses_stand_for_what_has_no_description(
 
     calculator("1.0").influence_factors(points).to_zarr(tmp_path / "factors")
     calculator("1.0").influences(points, points).to_zarr(tmp_path / "influences")
-    with pytest.raises(StoreError, match="losses"):
+    with pytest.raises(StoreError, match="losses: stored"):
         calculator("2.0").influence_factors(points).to_zarr(tmp_path / "factors")
-    with pytest.raises(StoreError, match="losses"):
+    with pytest.raises(StoreError, match="losses: stored"):
         calculator("2.0").influences(points, points).to_zarr(tmp_path / "influences")
 
 

@@ -1107,8 +1107,8 @@ def test_a_damaged_file_is_refused(problem: Problem, tmp_path: Path) -> None:
 
     matrix = whole["tensors"]["full"]["matrix"].clone()
     matrix[0, 0] += 1e-12
-    refused("damaged", tensors={"full": {**whole["tensors"]["full"], "matrix": matrix}})
-    refused("damaged", mean_eigenvalues={"full": 2 * whole["mean_eigenvalues"]["full"]})
+    refused("is damaged", tensors={"full": {**whole["tensors"]["full"], "matrix": matrix}})
+    refused("is damaged", mean_eigenvalues={"full": 2 * whole["mean_eigenvalues"]["full"]})
     refused("not a file", format="another")
     for key in ("tensors", "checksum", "configuration"):
         torch.save({name: value for name, value in whole.items() if name != key}, path)
