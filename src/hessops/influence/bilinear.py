@@ -87,6 +87,11 @@ class BilinearForm:
             left: m points, from `GradientProvider.batch`.
             right: n points; ``None`` takes `left`.
             provider: Differentiates the losses, by the parameters that A acts on.
+
+        Raises:
+            ShapeError: `provider` differentiates by another number of parameters.
+            SolverError: A is an inverse, and a solve ended without an answer.
+            NonFiniteProductError: NaN or infinity in a gradient.
         """
         self._require_fitting(provider)
         other = left if right is None else right
@@ -106,6 +111,10 @@ class BilinearForm:
 
         Returns:
             ``(m, n, *x.shape[1:])`` for the inputs x of `right`.
+
+        Raises:
+            ArgumentTypeError, DtypeError: Those inputs are not one floating-point tensor.
+            ShapeError, SolverError, NonFiniteProductError: As of `grads_inner_prod`.
         """
         self._require_fitting(provider)
         return provider.mixed_products(right, self._applied(left, provider))

@@ -141,6 +141,11 @@ class SequentialInfluenceCalculator:
             test_loader: As of `influences`.
             train_loader: As of `influences`.
             mode: An `InfluenceMode` or its name.
+
+        Raises:
+            DataError: A loader shuffles.
+            ArgumentTypeError, DtypeError: The inputs are not one floating-point tensor, for
+                PERTURBATION.
         """
         return estimated_memory(
             self.model,

@@ -170,6 +170,12 @@ class LazyFactors(FactorSource):
             path: A directory that does not exist yet, is empty, or holds what an earlier run of
                 the same computation wrote.
             row_chunk: Points in a chunk; ``None`` takes the size of the first batch.
+
+        Returns:
+            The array, ``(m, P)``, opened for reading.
+
+        Raises:
+            StoreError, DtypeError, ImportError, OSError: As of `LazyInfluences.to_zarr`.
         """
         rows = self.first_size() if row_chunk is None else row_chunk
         columns = self._model.space.size
@@ -255,6 +261,10 @@ class LazyInfluences:
 
     Made by `SequentialInfluenceCalculator`. Nothing is computed until it is asked for, and nothing
     is kept: every method makes one pass over the training data for each batch of test points.
+    Whatever asks for influences may raise what the model raises (see
+    `InfluenceFunctionModel.influences`); `DataChangedError` where a pass over the data has other
+    batches or another order than the first; and `ShapeError` for inputs of several shapes in mode
+    PERTURBATION.
 
     Example:
         >>> import torch
