@@ -2,7 +2,6 @@
 
 from hessops.influence.bilinear import BilinearForm, LowRankBilinearForm
 from hessops.influence.calculators import SequentialInfluenceCalculator
-from hessops.influence.damping import Damping
 from hessops.influence.fitted import FittedBlock, FittedModel, TrainingData
 from hessops.influence.gradients import GradientProvider
 from hessops.influence.lazy import InfluenceChunk, LazyFactors, LazyInfluences, TopInfluences
@@ -18,6 +17,7 @@ from hessops.influence.models import (
     NystroemSketchInfluence,
 )
 from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode
+from hessops.operators.damping import Damping
 
 __all__ = [
     "ArnoldiInfluence",

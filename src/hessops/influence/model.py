@@ -25,14 +25,6 @@ from hessops.errors import (
 from hessops.influence.arguments import SILENT, changed_settings, recorded_constructor
 from hessops.influence.bilinear import BilinearForm
 from hessops.influence.blocks import BlockStructure, blocks_of
-from hessops.influence.damping import (
-    BlockRegularization,
-    Damping,
-    Regularization,
-    by_block,
-    mean_eigenvalue,
-    resolved,
-)
 from hessops.influence.description import (
     Description,
     describe,
@@ -53,6 +45,14 @@ from hessops.operators.curvature import (
     GaussNewtonOperator,
     GeneralizedGaussNewtonOperator,
     HessianOperator,
+)
+from hessops.operators.damping import (
+    BlockRegularization,
+    Damping,
+    Regularization,
+    by_block,
+    mean_eigenvalue,
+    resolved,
 )
 from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import DiagonalBlock

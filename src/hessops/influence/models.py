@@ -15,12 +15,12 @@ from hessops.functional.approximation import operator_spectral_approximation
 from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.functional.nystroem import operator_nystroem_approximation
 from hessops.influence.blocks import BlockStructure
-from hessops.influence.damping import Regularization
 from hessops.influence.model import CommonSettings, InfluenceFunctionModel
 from hessops.influence.modes import BlockMode, SecondOrderMode
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import BatchOperator, InverseHarmonicMeanOperator
+from hessops.operators.damping import Regularization
 from hessops.operators.dense import DirectSolveOperator, MatrixOperator
 from hessops.operators.inverse import InverseOperator
 from hessops.operators.low_rank import LowRankOperator, LowRankProductOperator

@@ -16,6 +16,7 @@ from hessops.operators.curvature import (
     HessianOperator,
     InverseHarmonicMeanOperator,
 )
+from hessops.operators.damping import Damping
 from hessops.operators.dense import DirectSolveOperator, MatrixOperator
 from hessops.operators.diagonal import (
     BlockDiagonalOperator,
@@ -32,6 +33,7 @@ __all__ = [
     "ClosedFormInverse",
     "ComposedOperator",
     "CurvatureOperator",
+    "Damping",
     "DiagonalOperator",
     "DirectInverse",
     "DirectSolveOperator",

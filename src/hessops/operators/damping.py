@@ -37,7 +37,8 @@ class Damping:
 
     Example:
         >>> import torch
-        >>> from hessops.influence import Damping, DirectInfluence
+        >>> from hessops import Damping
+        >>> from hessops.influence import DirectInfluence
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # the Hessian has eigenvalues 1 and 4
         >>> influence = DirectInfluence(model, torch.nn.MSELoss(), Damping(relative=0.1))
@@ -115,7 +116,7 @@ def mean_eigenvalue(operator: TensorOperator, generator: torch.Generator | None 
     Example:
         >>> import torch
         >>> from hessops import DiagonalOperator
-        >>> from hessops.influence.damping import mean_eigenvalue
+        >>> from hessops.operators.damping import mean_eigenvalue
         >>> mean_eigenvalue(DiagonalOperator(torch.tensor([1.0, 3.0])))
         2.0
     """
