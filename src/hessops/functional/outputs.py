@@ -54,7 +54,7 @@ class LinearizedOutputs:
         self.jacobian = JacobianProducts(parts, leaves, stacked_gradient)
 
         def loss_of(new: Sequence[Tensor]) -> Tensor:
-            return objective.output_loss(_with_parts(output, new), batch)
+            return objective.output_loss(with_parts(output, new), batch)
 
         self.gradients, self.apply_hessian = gradient_by_outputs(loss_of, parts)
 
@@ -77,6 +77,7 @@ def along_gradients(pushed: Sequence[Tensor], gradients: Sequence[Tensor]) -> Te
     return torch.stack(terms).sum(dim=0)
 
 
-def _with_parts(output: object, parts: Sequence[Tensor]) -> object:
+def with_parts(output: object, parts: Sequence[Tensor]) -> object:
+    """An output with other floating-point tensors in their order."""
     remaining = iter(parts)
     return map_tensors(lambda t: next(remaining) if t.is_floating_point() else t, output)

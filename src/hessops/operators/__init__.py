@@ -23,7 +23,9 @@ from hessops.operators.diagonal import (
     DiagonalOperator,
     IdentityOperator,
 )
+from hessops.operators.eigen import EigenOperator
 from hessops.operators.inverse import ClosedFormInverse, DirectInverse, InverseOperator
+from hessops.operators.kronecker import EkfacOperator, KfacInverse, KfacOperator
 from hessops.operators.low_rank import LowRankOperator, LowRankProductOperator
 from hessops.operators.solution import Solution, SolveStatus
 
@@ -37,12 +39,16 @@ __all__ = [
     "DiagonalOperator",
     "DirectInverse",
     "DirectSolveOperator",
+    "EigenOperator",
+    "EkfacOperator",
     "GaussNewtonOperator",
     "GeneralizedGaussNewtonOperator",
     "HessianOperator",
     "IdentityOperator",
     "InverseHarmonicMeanOperator",
     "InverseOperator",
+    "KfacInverse",
+    "KfacOperator",
     "LowRankOperator",
     "LowRankProductOperator",
     "MatrixOperator",

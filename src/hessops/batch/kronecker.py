@@ -1,0 +1,529 @@
+"""What a batch contributes to Kronecker factors, to corrected eigenvalues and to exact blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from hessops.errors import ArgumentError, ModelError
+from hessops.functional.capture import Call, CapturedRun
+from hessops.functional.gradients import vectorised_or_looped
+from hessops.functional.layers import MatrixLayer, matrix_layer
+from hessops.functional.products import Params, Stack, StackedGradient, differentiable
+from hessops.functional.roots import OutputRoot, gradient_root, hessian_root, sampled_root
+from hessops.nested import differentiable_leaves
+from hessops.objective import Objective
+from hessops.point_loss import map_points
+from hessops.space import ParameterSpace
+from hessops.streaming import Batch
+
+FisherType = Literal["type-2", "monte-carlo", "empirical"]
+KfacApprox = Literal["expand", "reduce"]
+FISHER_TYPES = ("type-2", "monte-carlo", "empirical")
+KFAC_APPROXIMATIONS = ("expand", "reduce")
+
+# Memory for the gradients by the outputs of all layers, of some columns of the root.
+COLUMN_BYTES = 2**27
+# Memory for the gradients of points by the parameters of an exact block.
+ROW_BYTES = 2**27
+# Points of a batch on which it is verified that layers are what they are taken for.
+VERIFIED_POINTS = 8
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+OutputMap = Callable[[Params, object], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class ExactBlock:
+    """Parameters whose block of the matrix is computed exactly, or its diagonal.
+
+    Attributes:
+        name: The name of the module that holds them.
+        kind: The type of that module.
+        space: The parameters.
+        is_dense: Whether the whole block is computed.
+        module: The module, where the gradients of points follow from its input and the gradients by
+            its output; ``None`` where they need the whole model.
+    """
+
+    name: str
+    kind: str
+    space: ParameterSpace
+    is_dense: bool
+    module: nn.Module | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the statistic."""
+        size = self.space.size
+        return (size, size) if self.is_dense else (size,)
+
+    def moment(self, rows: Tensor) -> Tensor:
+        """The sum over the rows ``(m, P)`` of their outer products, or of its diagonal."""
+        return rows.T @ rows if self.is_dense else rows.square().sum(dim=0)
+
+
+class Demotion(Exception):  # not an error: the pass begins anew
+    """A layer turned out not to be what it was taken for."""
+
+
+class KroneckerEstimation:
+    r"""Kronecker statistics of batches, for an objective and a kind of Fisher matrix.
+
+    Layers that apply a matrix (`hessops.functional.layers`) have Kronecker factors; everything else
+    has an exact block, or its exact diagonal. On every batch it is verified for some points that
+    :math:`\sum_t b_t a_t^\top` is the gradient of a layer and that the rows of its output belong to
+    the points they are attributed to. A layer that fails (its weight is used elsewhere too, it is
+    called with other arguments, a hook changes its output) is demoted to an exact block.
+
+    Args:
+        objective: Model and loss.
+        fisher_type: ``"type-2"``, ``"monte-carlo"`` or ``"empirical"``.
+        kfac_approx: ``"expand"`` or ``"reduce"``.
+        num_samples: Columns per point with ``"monte-carlo"``.
+        generator: Draws them.
+        max_dense: The most parameters of an exact block that is not only a diagonal.
+
+    Raises:
+        ArgumentError: An unknown `fisher_type` or `kfac_approx`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        fisher_type: FisherType,
+        kfac_approx: KfacApprox,
+        num_samples: int,
+        generator: torch.Generator,
+        max_dense: int,
+    ) -> None:
+        if fisher_type not in FISHER_TYPES:
+            raise ArgumentError(f"fisher_type must be one of {FISHER_TYPES}, got {fisher_type!r}")
+        if kfac_approx not in KFAC_APPROXIMATIONS:
+            raise ArgumentError(
+                f"kfac_approx must be one of {KFAC_APPROXIMATIONS}, got {kfac_approx!r}"
+            )
+        self.objective = objective
+        self.fisher_type = fisher_type
+        self.kfac_approx = kfac_approx
+        self.num_samples = num_samples
+        self.generator = generator
+        self.max_dense = max_dense
+        self._gradient_of = StackedGradient()
+        self._demoted: set[str] = set()
+        self._modules = dict(objective.model.named_modules())
+        self.layers: dict[str, MatrixLayer] = {}
+        for name, module in self._modules.items():
+            layer = matrix_layer(name, module, objective.space)
+            if layer is not None:
+                self.layers[name] = layer
+        self.exact: dict[str, ExactBlock] = {}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Gives every parameter that no layer has a share in an exact block, by module."""
+        space = self.objective.space
+        covered = {name for layer in self.layers.values() for name in layer.form.space.names}
+        owned: dict[str, list[str]] = {}
+        for name in space.names:
+            if name not in covered:
+                owned.setdefault(name.rpartition(".")[0], []).append(name)
+        for name, names in owned.items():
+            known = self.exact.get(name)
+            if known is not None and known.space.names == tuple(names):
+                continue
+            # A parametrized weight belongs to a module that has no call of its own.
+            module = self._modules.get(name)
+            block = space.subspace(names)
+            alone = module is not None and not any(module.children()) and name not in self._demoted
+            self.exact[name] = ExactBlock(
+                name,
+                type(module).__name__,
+                block,
+                block.size <= self.max_dense,
+                module if alone else None,
+            )
+
+    @property
+    def _watched(self) -> dict[str, nn.Module]:
+        local = {name: b.module for name, b in self.exact.items() if b.module is not None}
+        return {**{name: layer.module for name, layer in self.layers.items()}, **local}
+
+    # --- is a layer what it is taken for? -------------------------------------------------
+
+    def verify(self, batch: Batch) -> dict[str, list[int]]:
+        """Checks some points of a batch; where the points lie in each call of each module.
+
+        Raises:
+            Demotion: A layer or module is none of the kind it was taken for: begin anew.
+            ModelError: The gradients of the points alone do not add up to that of the batch.
+        """
+        generator = torch.Generator().manual_seed(batch.position)
+        order = torch.randperm(batch.size, generator=generator)[:VERIFIED_POINTS].sort().values
+        points = batch.rows(order.to(self.objective.device), len(order))
+        run = CapturedRun(self.objective, points, self._watched)
+        is_probed = torch.zeros(len(order), dtype=torch.bool)
+        is_probed[torch.randperm(len(order), generator=generator)[: (len(order) + 1) // 2]] = True
+        columns = [_probe(part, is_probed, generator) for part in run.parts]
+        outputs = run.gradients([column.unsqueeze(0) for column in columns])
+        expected = run.parameter_gradients(columns)
+        others = (~is_probed).nonzero().flatten().to(self.objective.device)
+        dims: dict[str, list[int]] = {}
+        demoted = []
+        for name in self._watched:
+            calls, gradients = run.calls.get(name, []), outputs.get(name, [])
+            layer = self.layers.get(name)
+            found = (
+                _verified_layer(layer, calls, gradients, points.size, others, expected)
+                if layer is not None
+                else self._verified_module(self.exact[name], calls, gradients, expected, points)
+            )
+            if found is None:
+                demoted.append(name)
+            else:
+                dims[name] = found
+        if demoted:
+            self._demote(demoted)
+            raise Demotion
+        for block in self.exact.values():
+            if block.module is None:
+                rows = torch.cat(list(self._model_rows(block, points, columns_of(columns))))
+                self._require_sum(block, rows.sum(dim=0), rows, expected, batch)
+        return dims
+
+    def _demote(self, names: Sequence[str]) -> None:
+        for name in names:
+            if self.layers.pop(name, None) is None:
+                block = self.exact[name]
+                self.exact[name] = replace(block, module=None)
+            self._demoted.add(name)
+        self._arrange()
+
+    def _verified_module(
+        self,
+        block: ExactBlock,
+        calls: Sequence[Call | None],
+        gradients: Sequence[Tensor],
+        expected: Params,
+        points: Batch,
+    ) -> list[int] | None:
+        wanted = block.space.flatten({name: expected[name] for name in block.space.names})
+        if not calls:
+            return [] if not wanted.any() else None
+        call = calls[0]
+        if len(calls) > 1 or call is None or not _lie_first(call, points.size):
+            return None
+        try:
+            rows = torch.cat(list(self._module_rows(block, call, gradients[0])))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a module that takes no single point; the whole model may
+            return None
+        scale = rows.norm(dim=1).sum()
+        close = (rows.sum(dim=0) - wanted).norm() <= _tolerance(rows) * scale
+        return [0] if close else None
+
+    def _require_sum(
+        self, block: ExactBlock, total: Tensor, rows: Tensor, expected: Params, batch: Batch
+    ) -> None:
+        wanted = block.space.flatten({name: expected[name] for name in block.space.names})
+        if (total - wanted).norm() > _tolerance(rows) * rows.norm(dim=1).sum():
+            raise ModelError(
+                f"batch {batch.position}: the gradients of the points alone by the parameters of "
+                f"module {block.name!r} do not add up to the gradient of their sum, so that the "
+                "model is not a function of one point at a time"
+            )
+
+    # --- statistics of a batch ------------------------------------------------------------
+
+    @property
+    def factor_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of what `factors` joins: for each layer A, positions and B; exact blocks."""
+        shapes: list[tuple[int, ...]] = []
+        for layer in self.layers.values():
+            groups, outputs, inputs = layer.form.shape
+            of_inputs = (groups, inputs, inputs) if layer.can_reduce else (groups, inputs)
+            shapes += [of_inputs, (), (groups, outputs, outputs)]
+        return shapes + [block.shape for block in self.exact.values()]
+
+    def factors(self, batch: Batch) -> Tensor:
+        r"""Sums over positions, columns and points, per point, as one flat tensor.
+
+        For each layer :math:`\sum a a^\top`, the number of positions, :math:`\sum b b^\top`; then
+        the exact blocks.
+
+        Raises:
+            Demotion: See `verify`.
+        """
+        dims = self.verify(batch)
+        run = CapturedRun(self.objective, batch, self._watched)
+        inputs = self._inputs(run, batch, dims)
+        root = self._root(run.output, batch)
+        zeros = [self._zeros(shape) for shape in self.factor_shapes]
+        values = iter(zeros)
+        moments = {name: (next(values), next(values), next(values)) for name in self.layers}
+        exact = {name: next(values) for name in self.exact}
+        for name, x in inputs.items():
+            layer = self.layers[name]
+            moments[name][0].add_(layer.input_moment(self._shared(layer, x, is_output=False)))
+            positions = 1 if self._reduces(layer) else x.shape[-2 if layer.can_reduce else -1]
+            moments[name][1].fill_(batch.size * positions)
+        for columns, outputs in self._columns(run, root, batch, dims):
+            for name in inputs:
+                layer = self.layers[name]
+                shared = self._shared(layer, outputs[name], is_output=True)
+                moments[name][2].add_(layer.output_moment(shared))
+            for name, block in self.exact.items():
+                for rows in self._rows(block, run, batch, columns, outputs):
+                    exact[name].add_(block.moment(rows))
+        return torch.cat([value.reshape(-1) for value in zeros]) / batch.size
+
+    def corrections(
+        self, batch: Batch, bases: Mapping[str, tuple[Tensor | None, Tensor]]
+    ) -> Tensor:
+        """The squared gradients in the eigenbases of the layers, per point, as one flat tensor.
+
+        Args:
+            batch: n points, which `factors` has verified.
+            bases: Name of a layer -> eigenvectors of A (``None`` for the identity) and of B.
+
+        Raises:
+            ModelError: A layer is none of the kind it was taken for, and was in the first pass.
+        """
+        try:
+            dims = self.verify(batch)
+        except Demotion:
+            raise ModelError(
+                f"batch {batch.position}: the model runs otherwise than in the first pass"
+            ) from None
+        modules = {name: layer.module for name, layer in self.layers.items()}
+        run = CapturedRun(self.objective, batch, modules)
+        inputs = self._inputs(run, batch, dims)
+        root = self._root(run.output, batch)
+        totals = {name: self._zeros(layer.form.shape) for name, layer in self.layers.items()}
+        for _, outputs in self._columns(run, root, batch, dims):
+            for name, x in inputs.items():
+                basis = bases[name]
+                totals[name] += self.layers[name].squares(x, outputs[name], *basis)
+        return torch.cat([total.reshape(-1) for total in totals.values()]) / batch.size
+
+    def split(self, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """What was joined in a flat tensor, in its shapes."""
+        parts = torch.split(flat, [prod(shape) for shape in shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        space = self.objective.space
+        return torch.zeros(shape, dtype=space.dtype, device=space.device)
+
+    def _root(self, output: object, batch: Batch) -> OutputRoot:
+        if self.fisher_type == "empirical":
+            return gradient_root(self.objective, output, batch)
+        if self.fisher_type == "type-2":
+            return hessian_root(self.objective, output, batch)
+        return sampled_root(self.objective, output, batch, self.generator, self.num_samples)
+
+    def _reduces(self, layer: MatrixLayer) -> bool:
+        return self.kfac_approx == "reduce" and layer.can_reduce
+
+    def _shared(self, layer: MatrixLayer, rows: Tensor, *, is_output: bool) -> Tensor:
+        """Inputs averaged, gradients summed over the positions of a point, with ``"reduce"``."""
+        if not self._reduces(layer):
+            return rows
+        return rows.sum(dim=-2, keepdim=True) if is_output else rows.mean(dim=-2, keepdim=True)
+
+    def _inputs(
+        self, run: CapturedRun, batch: Batch, dims: Mapping[str, list[int]]
+    ) -> dict[str, Tensor]:
+        """The inputs of the layers that were called, those of several calls as positions."""
+        found = {}
+        for name, layer in self.layers.items():
+            calls = run.calls.get(name, [])
+            if len(calls) != len(dims[name]):
+                raise ModelError(
+                    f"batch {batch.position}: module {name!r} was called {len(calls)} times, and "
+                    f"{len(dims[name])} times on some of the points: their number decides"
+                )
+            parts = []
+            for call, dim in zip(calls, dims[name], strict=True):
+                if call is None or not layer.fits(call.input, call.output, batch.size, dim):
+                    raise ModelError(
+                        f"batch {batch.position}: module {name!r} is called with other shapes than "
+                        "on some of the points alone"
+                    )
+                parts.append(layer.inputs(call.input, batch.size, dim))
+            if parts:
+                found[name] = torch.cat(parts, dim=-2 if layer.can_reduce else -1)
+        return found
+
+    def _columns(
+        self, run: CapturedRun, root: OutputRoot, batch: Batch, dims: Mapping[str, list[int]]
+    ) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
+        """Some columns of the root at a time, with the gradients by the outputs of each layer."""
+        known = [c for calls in run.calls.values() for c in calls if c is not None]
+        bytes_each = sum(c.output.numel() * c.output.element_size() for c in known)
+        chunk = max(1, COLUMN_BYTES // (3 * bytes_each + 1))
+        for start in range(0, root.count, chunk):
+            columns = root.columns(start, start + chunk)
+            gradients = run.gradients(columns, self._gradient_of)
+            outputs = {}
+            for name, found in gradients.items():
+                layer = self.layers.get(name)
+                if layer is None:
+                    outputs[name] = found[0]
+                    continue
+                parts = [
+                    layer.outputs(g, batch.size, dim)
+                    for g, dim in zip(found, dims[name], strict=True)
+                ]
+                outputs[name] = torch.cat(parts, dim=-2)
+            yield columns, outputs
+
+    # --- exact blocks ---------------------------------------------------------------------
+
+    def _rows(
+        self,
+        block: ExactBlock,
+        run: CapturedRun,
+        batch: Batch,
+        columns: Sequence[Tensor],
+        outputs: Mapping[str, Tensor],
+    ) -> Iterator[Tensor]:
+        """The gradients of the points by the parameters of a block, for every column, as rows."""
+        if block.module is None:
+            yield from self._model_rows(block, batch, columns)
+        elif block.name in outputs:
+            (call,) = run.calls[block.name]
+            assert call is not None
+            yield from self._module_rows(block, call, outputs[block.name])
+
+    def _module_rows(self, block: ExactBlock, call: Call, gradients: Tensor) -> Iterator[Tensor]:
+        module = block.module
+        assert module is not None
+        prefix = len(block.name) + 1 if block.name else 0
+
+        def output(params: Params, x: object) -> list[Tensor]:
+            return [functional_call(module, {n[prefix:]: p for n, p in params.items()}, (x,))]
+
+        points = Batch(call.input, [gradients.movedim(0, 1)], len(call.input))
+        yield from self._pulled_back(block, output, points)
+
+    def _model_rows(
+        self, block: ExactBlock, batch: Batch, columns: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        def output(params: Params, x: object) -> list[Tensor]:
+            return differentiable_leaves(self.objective.output(params, x))
+
+        points = Batch(batch.x, [column.movedim(0, 1) for column in columns], batch.size)
+        yield from self._pulled_back(block, output, points)
+
+    def _pulled_back(self, block: ExactBlock, output: OutputMap, points: Batch) -> Iterator[Tensor]:
+        """Rows ``(m, P)`` of some points at a time; the targets of `points` are ``(n, k, ...)``."""
+        params = {name: self.objective.params[name] for name in block.space.names}
+        num_columns = next(iter(points.y)).shape[1]  # type: ignore[call-overload]  # a list of tensors
+        size = max(
+            1, ROW_BYTES // (4 * num_columns * block.space.size * block.space.dtype.itemsize)
+        )
+        for start in range(0, points.size, size):
+            some = points.rows(slice(start, start + size), min(size, points.size - start))
+            stack = vectorised_or_looped(
+                lambda vectorize, some=some: _pulled_back(output, params, some, vectorize)  # type: ignore[misc]  # bound now
+            )
+            parts = [stack[name].flatten(0, 1).flatten(1) for name in block.space.names]
+            yield torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
+
+
+def _pulled_back(output: OutputMap, params: Params, points: Batch, vectorize: bool) -> Stack:
+    """Gradients of ⟨columns, output⟩ of every point alone, ``{name: (n, k, *shape)}``."""
+    if vectorize:
+
+        def of_point(point: Batch) -> Stack:
+            _, pull = vjp(lambda p: tuple(output(p, point.x)), dict(params))[:2]
+
+            def along(*weights: Tensor) -> Stack:
+                gradients: Stack = pull(tuple(w.unsqueeze(0) for w in weights))[0]
+                return gradients
+
+            stack: Stack = vmap(along)(*(w[0] for w in point.y))  # type: ignore[attr-defined]
+            return stack
+
+        return map_points(of_point, points)
+    found: dict[str, list[Tensor]] = {name: [] for name in params}
+    for i in range(points.size):
+        point = points.rows(slice(i, i + 1), 1)
+        leaves = differentiable(params)
+        with torch.enable_grad():
+            parts = output(leaves, point.x)
+        weights = [w.movedim(0, 1) for w in point.y]  # type: ignore[attr-defined]
+        gradients = StackedGradient()(parts, list(leaves.values()), weights)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            found[name].append(gradient)
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def columns_of(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of the outputs as a single column."""
+    return [weight.unsqueeze(0) for weight in weights]
+
+
+def _probe(part: Tensor, is_probed: Tensor, generator: torch.Generator) -> Tensor:
+    """Random weights of an output that are zero for the other points."""
+    drawn = torch.randn(part.shape, generator=generator, dtype=torch.float64)
+    return (drawn * is_probed.reshape(-1, *[1] * (part.ndim - 1))).to(part)
+
+
+def _tolerance(like: Tensor) -> float:
+    return _TOLERANCES.get(like.dtype, 5e-2)
+
+
+def _lie_first(call: Call, size: int) -> bool:
+    return all(t.ndim > 0 and len(t) == size for t in (call.input, call.output))
+
+
+def _verified_layer(
+    layer: MatrixLayer,
+    calls: Sequence[Call | None],
+    gradients: Sequence[Tensor],
+    size: int,
+    others: Tensor,
+    expected: Params,
+) -> list[int] | None:
+    """Where the points lie in each call; ``None`` where the layer is none.
+
+    Args:
+        layer: A claim.
+        calls: The calls of its module, for some points.
+        gradients: Those by the outputs of the calls, of a column that is zero for the points
+            `others`.
+        size: Number of points.
+        others: Their positions.
+        expected: The gradient by the parameters.
+    """
+    form = layer.form
+    flat = form.space.flatten({name: expected[name] for name in form.space.names})
+    wanted = form.matrices(flat.unsqueeze(0))[0]
+    known = [call for call in calls if call is not None]
+    if not known or len(known) < len(calls):
+        return None if len(known) < len(calls) or wanted.any() else []
+    dims, inputs, outputs = [], [], []
+    for call, gradient in zip(known, gradients, strict=True):
+        for dim in (0, 1):
+            if not layer.fits(call.input, call.output, size, dim):
+                continue
+            rows = layer.outputs(gradient, size, dim)
+            if not rows[:, :, others].any():
+                dims.append(dim)
+                inputs.append(layer.inputs(call.input, size, dim))
+                outputs.append(rows)
+                break
+        else:
+            return None
+    a, b = torch.cat(inputs, dim=-2 if layer.can_reduce else -1), torch.cat(outputs, dim=-2)
+    close = (layer.gradient(a, b) - wanted).norm() <= _tolerance(b) * layer.scale(a, b)
+    return dims if close else None

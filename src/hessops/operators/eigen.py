@@ -1,0 +1,396 @@
+"""Operators with a known eigen-decomposition, whose functions are all at hand."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from hessops.errors import ArgumentError, ShapeError, SingularOperatorError, StructureError
+from hessops.operators.base import TensorOperator
+from hessops.space import ParameterSpace
+from hessops.validation import checked_floating, checked_number, checked_regularization
+
+# Without a regularization, eigenvalues below this multiple of n·ε of the largest count as zero.
+CUTOFF_FACTOR = 10
+
+
+class EigenOperator(TensorOperator):
+    r"""A symmetric operator :math:`Q\, \mathrm{diag}(d)\, Q^\top` whose Q is known by its products.
+
+    Q is orthogonal. Inverse, square root, trace and log-determinant are closed forms; `mapped`
+    gives any other function of the operator, which shares Q.
+
+    A subclass defines ``_into_basis(rows)``, the rows times Q, ``_out_of_basis(rows)``, the rows
+    times :math:`Q^\top`, and ``_move``.
+
+    Args:
+        eigenvalues: d, ``(n,)``, in the order of the columns of Q.
+        space: The parameters that the entries of a vector stand for, if they do.
+
+    Raises:
+        ArgumentTypeError, ShapeError, DtypeError, NonFiniteError: `eigenvalues` is something else.
+
+    Example:
+        >>> import torch
+        >>> from hessops import KfacOperator
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> K = KfacOperator(model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))])
+        >>> K.eigenvalues, round(K.trace(), 4)
+        (tensor([1.0000, 4.0000]), 5.0)
+        >>> K.power(0.5).apply(torch.ones(2)).round(decimals=4)
+        tensor([1., 2.])
+    """
+
+    def __init__(self, eigenvalues: Tensor, *, space: ParameterSpace | None = None) -> None:
+        checked_floating(eigenvalues, "eigenvalues", ndim=1)
+        super().__init__(
+            len(eigenvalues), eigenvalues.dtype, eigenvalues.device, symmetric=True, space=space
+        )
+        self._hold(eigenvalues.detach())
+
+    def _hold(self, eigenvalues: Tensor) -> None:
+        self._eigenvalues = eigenvalues
+        if not eigenvalues.is_meta:
+            self._positive_semidefinite = bool((eigenvalues >= 0).all())
+
+    @abstractmethod
+    def _into_basis(self, rows: Tensor) -> Tensor:
+        """The hook for the rows of a ``(k, n)`` stack times Q."""
+
+    @abstractmethod
+    def _out_of_basis(self, rows: Tensor) -> Tensor:
+        """The hook for the rows of a ``(k, n)`` stack times Qᵀ."""
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """d, ``(n,)``, in the order of the columns of Q."""
+        return self._eigenvalues
+
+    def mapped(self, eigenvalues: Tensor) -> EigenOperator:
+        """The operator with the same Q and other eigenvalues.
+
+        Args:
+            eigenvalues: ``(n,)``, of the dtype and on the device of the operator.
+
+        Raises:
+            ShapeError, DtypeError, NonFiniteError: They do not fit.
+        """
+        checked_floating(eigenvalues, "eigenvalues", ndim=1)
+        if eigenvalues.shape != self._eigenvalues.shape:
+            raise ShapeError(
+                f"eigenvalues has shape {tuple(eigenvalues.shape)}, expected ({self.input_size},)"
+            )
+        return self._with_eigenvalues(eigenvalues.to(self.device, self.dtype))
+
+    def _with_eigenvalues(self, eigenvalues: Tensor) -> EigenOperator:
+        changed = copy.copy(self)
+        changed._hold(eigenvalues)
+        return changed
+
+    def damped(self, regularization: float) -> EigenOperator:
+        """A + λI, with its eigen-decomposition; `shift` gives the same map without."""
+        return self._with_eigenvalues(self.eigenvalues + checked_regularization(regularization))
+
+    def power(self, exponent: float) -> EigenOperator:
+        r""":math:`A^p`, of a positive semi-definite operator.
+
+        With p = 1/2 the symmetric square root; ``A.damped(λ).power(-0.5)`` maps standard normal
+        vectors to samples of :math:`N(0, (A + \\lambda I)^{-1})`.
+
+        Args:
+            exponent: p.
+
+        Raises:
+            StructureError: A has negative eigenvalues.
+            SingularOperatorError: p is negative and A is singular to working precision.
+        """
+        exponent = checked_number(exponent, "exponent")
+        if self.positive_semidefinite is False:
+            raise StructureError(
+                f"{type(self).__name__} has negative eigenvalues (the smallest is "
+                f"{self.eigenvalues.min().item():.3e}), whose powers are not real"
+            )
+        if exponent < 0:
+            self._require_regular(self.eigenvalues, 0.0)
+        return self._with_eigenvalues(self.eigenvalues**exponent)
+
+    def trace(self) -> float:
+        r""":math:`\mathrm{tr}\, A`."""
+        return self.eigenvalues.double().sum().item()
+
+    def logdet(self, regularization: float = 0.0) -> float:
+        r""":math:`\log\det(A + \lambda I)`.
+
+        Args:
+            regularization: λ >= 0.
+
+        Raises:
+            SingularOperatorError: A + λI is singular to working precision.
+            StructureError: It has negative eigenvalues.
+        """
+        damped = self.damped(regularization)
+        if damped.positive_semidefinite is False:
+            raise StructureError(
+                f"{type(self).__name__} + {regularization:g} I has negative eigenvalues (the "
+                f"smallest is {damped.eigenvalues.min().item():.3e}), and no real log-determinant"
+            )
+        self._require_regular(damped.eigenvalues, regularization)
+        return damped.eigenvalues.double().log().sum().item()
+
+    def pseudo_inverse(self, cutoff: float | None = None) -> EigenOperator:
+        r"""The Moore-Penrose inverse, where eigenvalues that are rounding count as zero.
+
+        Args:
+            cutoff: Eigenvalues of at most this size count as zero; ``None`` is the
+                property `cutoff`: 10·m·ε of the largest eigenvalue of the block, with ε the
+                precision of the dtype and m the size of the largest matrix that was decomposed.
+
+        Raises:
+            ArgumentError: `cutoff` is negative.
+        """
+        bound = self.cutoff if cutoff is None else checked_number(cutoff, "cutoff", minimum=0)
+        values = self.eigenvalues
+        kept = values.abs() > bound
+        return self._with_eigenvalues(torch.where(kept, 1 / values.where(kept, 1.0), 0.0))
+
+    @property
+    def cutoff(self) -> Tensor:
+        """The size up to which eigenvalues are taken for rounding, ``()`` or one for each."""
+        precision = CUTOFF_FACTOR * self._decomposed_size * torch.finfo(self.dtype).eps
+        return precision * self.eigenvalues.abs().max()
+
+    @property
+    def _decomposed_size(self) -> int:
+        """The hook for the size of the largest matrix whose eigenvectors were computed."""
+        return self.input_size
+
+    def _apply_rows(self, rows: Tensor) -> Tensor:
+        return self._out_of_basis(self._into_basis(rows) * self.eigenvalues)
+
+    def _closed_form_inverse(self, shift: float) -> EigenOperator:
+        return self._inverted(shift)
+
+    def _inverted(self, shift: float | Tensor) -> EigenOperator:
+        """(A + shift·I)⁻¹, or with a shift ``(n,)`` of every eigenvalue."""
+        shifted = self.eigenvalues + shift
+        self._require_regular(shifted, shift)
+        return self._with_eigenvalues(1 / shifted)
+
+    def _require_regular(self, shifted: Tensor, shift: float | Tensor) -> None:
+        """Raises where a shifted eigenvalue is zero to working precision.
+
+        Raises:
+            SingularOperatorError: That.
+        """
+        if shifted.is_meta:
+            return
+        sizes = torch.as_tensor(shift, dtype=self.dtype, device=self.device).abs()
+        # Without a shift, against rounding in the decomposition; with one, against that in the sum.
+        of_sum = torch.finfo(self.dtype).eps * torch.maximum(self.eigenvalues.abs(), sizes)
+        bounds = torch.where(sizes == 0, self.cutoff, of_sum)
+        singular = shifted.abs() <= bounds
+        if bool(singular.any()):
+            raise SingularOperatorError(
+                f"{type(self).__name__} is singular to {self.dtype} precision: "
+                f"{int(singular.sum())} of its {self.input_size} eigenvalues count as zero (the "
+                f"largest is {shifted.abs().max().item():.1e}); pass a positive regularization, "
+                "shift it, or use pseudo_inverse()"
+            )
+
+
+class DiagonalEigenOperator(EigenOperator):
+    """A diagonal operator: Q = I.
+
+    Args:
+        eigenvalues: The diagonal, ``(n,)``.
+        space: The parameters that the entries stand for, if they do.
+        label: How it is called in the printed tree.
+
+    Example:
+        >>> import torch
+        >>> from hessops.operators.eigen import DiagonalEigenOperator
+        >>> DiagonalEigenOperator(torch.tensor([1.0, 4.0])).power(-0.5).apply(torch.ones(2))
+        tensor([1.0000, 0.5000])
+    """
+
+    def __init__(
+        self,
+        eigenvalues: Tensor,
+        *,
+        space: ParameterSpace | None = None,
+        label: str = "DiagonalEigenOperator",
+    ) -> None:
+        super().__init__(eigenvalues, space=space)
+        self.label = label
+
+    def _into_basis(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _out_of_basis(self, rows: Tensor) -> Tensor:
+        return rows
+
+    @property
+    def _decomposed_size(self) -> int:
+        return 1
+
+    def _move(self, device: torch.device) -> Self:
+        moved = self._copy_on(device)
+        moved._hold(self.eigenvalues.to(device))
+        return moved
+
+    def _label(self) -> str:
+        return self.label
+
+
+class DenseEigenOperator(EigenOperator):
+    """A symmetric matrix, by its eigenvectors.
+
+    Args:
+        eigenvalues: d, ``(n,)``.
+        basis: Q, ``(n, n)``, with the eigenvectors as columns.
+        space: The parameters that the entries stand for, if they do.
+        label: How it is called in the printed tree.
+
+    Raises:
+        ShapeError: `basis` does not fit.
+
+    Example:
+        >>> import torch
+        >>> from hessops.operators.eigen import DenseEigenOperator
+        >>> A = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> DenseEigenOperator(*torch.linalg.eigh(A)).apply(torch.tensor([1.0, 0.0]))
+        tensor([2.0000, 1.0000])
+    """
+
+    def __init__(
+        self,
+        eigenvalues: Tensor,
+        basis: Tensor,
+        *,
+        space: ParameterSpace | None = None,
+        label: str = "DenseEigenOperator",
+    ) -> None:
+        super().__init__(eigenvalues, space=space)
+        checked_floating(basis, "basis", ndim=2)
+        if tuple(basis.shape) != self.shape:
+            raise ShapeError(f"basis has shape {tuple(basis.shape)}, expected {self.shape}")
+        self.basis = basis.detach()
+        self.label = label
+
+    def _into_basis(self, rows: Tensor) -> Tensor:
+        return rows @ self.basis
+
+    def _out_of_basis(self, rows: Tensor) -> Tensor:
+        return rows @ self.basis.T
+
+    def _move(self, device: torch.device) -> Self:
+        moved = self._copy_on(device)
+        moved._hold(self.eigenvalues.to(device))
+        moved.basis = self.basis.to(device)
+        return moved
+
+    def _label(self) -> str:
+        return self.label
+
+
+class BlockEigenOperator(EigenOperator):
+    """Operators with known eigen-decompositions along the diagonal, by parameters.
+
+    Args:
+        blocks: Name -> operator, each with a `space` of its own.
+        space: The parameters of the whole. Every one must belong to exactly one block.
+
+    Raises:
+        ArgumentError: A block without named parameters.
+        ParameterNameError: An unknown parameter, one in two blocks, or one in none.
+
+    Example:
+        >>> import torch
+        >>> from hessops import ParameterSpace
+        >>> from hessops.operators.eigen import BlockEigenOperator, DiagonalEigenOperator
+        >>> space = ParameterSpace.from_tensors({"a": torch.zeros(1), "b": torch.zeros(2)})
+        >>> a, b = (space.subspace([name]) for name in "ab")
+        >>> A = BlockEigenOperator(
+        ...     {
+        ...         "second": DiagonalEigenOperator(torch.full((2,), 4.0), space=b),
+        ...         "first": DiagonalEigenOperator(torch.ones(1), space=a),
+        ...     },
+        ...     space=space,
+        ... )
+        >>> A.apply(torch.ones(3)), A.trace()
+        (tensor([1., 4., 4.]), 9.0)
+    """
+
+    def __init__(self, blocks: Mapping[str, EigenOperator], *, space: ParameterSpace) -> None:
+        names: dict[str, Sequence[str]] = {}
+        for name, block in blocks.items():
+            if block.space is None:
+                raise ArgumentError(f"blocks[{name!r}] has no parameter space")
+            names[name] = block.space.names
+        pieces = space.partition(names)
+        self.blocks = dict(blocks)
+        self._positions = {name: _positions(space, piece.names) for name, piece in pieces.items()}
+        super().__init__(torch.cat([b.eigenvalues for b in blocks.values()]), space=space)
+
+    def _into_basis(self, rows: Tensor) -> Tensor:
+        parts = [
+            block._into_basis(rows[:, self._positions[name]]) for name, block in self.blocks.items()
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _out_of_basis(self, rows: Tensor) -> Tensor:
+        result = torch.empty_like(rows)
+        parts = self._by_block(rows, dim=1)
+        for name, block in self.blocks.items():
+            result[:, self._positions[name]] = block._out_of_basis(parts[name])
+        return result
+
+    def _by_block(self, values: Tensor, dim: int = 0) -> dict[str, Tensor]:
+        """What is in the order of the eigenvalues, by block."""
+        sizes = [block.input_size for block in self.blocks.values()]
+        return dict(zip(self.blocks, torch.split(values, sizes, dim=dim), strict=True))
+
+    def _with_eigenvalues(self, eigenvalues: Tensor) -> BlockEigenOperator:
+        parts = self._by_block(eigenvalues)
+        changed = copy.copy(self)
+        changed.blocks = {
+            name: block._with_eigenvalues(parts[name]) for name, block in self.blocks.items()
+        }
+        changed._hold(eigenvalues)
+        return changed
+
+    @property
+    def cutoff(self) -> Tensor:
+        """The size up to which eigenvalues are taken for rounding, ``(n,)``, by block."""
+        return torch.cat([b.cutoff.expand(b.input_size) for b in self.blocks.values()])
+
+    def _move(self, device: torch.device) -> Self:
+        moved = self._copy_on(device)
+        moved.blocks = {}
+        for name, block in self.blocks.items():
+            there = block.to(device)
+            assert isinstance(there, EigenOperator)
+            moved.blocks[name] = there
+        moved._positions = {
+            name: where if isinstance(where, slice) else where.to(device)
+            for name, where in self._positions.items()
+        }
+        moved._hold(self.eigenvalues.to(device))
+        return moved
+
+    def _children(self) -> Sequence[TensorOperator]:
+        return tuple(self.blocks.values())
+
+
+def _positions(space: ParameterSpace, names: Sequence[str]) -> slice | Tensor:
+    """Where some parameters are in the flat vector; a slice where they follow one another."""
+    first = space.names.index(names[0])
+    if space.names[first : first + len(names)] == tuple(names):
+        return slice(space.slices[names[0]].start, space.slices[names[-1]].stop)
+    return space.indices(names)
