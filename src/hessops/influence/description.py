@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hessops.files import digest_of_tensors
 from hessops.nested import named_tensor_leaves, plain_leaves
 from hessops.objective import Objective
 from hessops.streaming import Batch
@@ -52,23 +53,6 @@ _NAMED_BY_REPR = (
 # What every module has, and what every class that is written in C.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OF_CLASSES = (GetSetDescriptorType, MemberDescriptorType, WrapperDescriptorType)
-
-
-def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes, dtypes and bits.
-
-    Example:
-        >>> import torch
-        >>> from hessops.influence.description import digest_of_tensors
-        >>> zero, minus = torch.zeros(1), -torch.zeros(1)
-        >>> digest_of_tensors({"a": zero}) == digest_of_tensors({"a": minus})
-        False
-    """
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(_bytes_of(tensor))
-    return digest.hexdigest()
 
 
 def digest_of_batch(batch: Batch) -> str:
@@ -282,11 +266,6 @@ def _qualified(value: object) -> str:
     module = getattr(value, "__module__", "") or ""
     name = getattr(value, "__qualname__", type(value).__qualname__)
     return f"{module}.{name}"
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def difference(stored: Mapping[str, Description], now: Mapping[str, Description]) -> list[str]:

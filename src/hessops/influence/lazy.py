@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hessops.errors import ArgumentError, ShapeError
+from hessops.files import digest_of_tensors
 from hessops.influence.description import (
     Description,
     digest_of_description,
-    digest_of_tensors,
 )
 from hessops.influence.gradients import require_floating
 from hessops.influence.model import InfluenceFunctionModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor
 
 from hessops.errors import StoreError
+from hessops.files import digest_of_tensors, plain_content, write_whole
 from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.influence.description import (
     Description,
     difference,
     digest_of_description,
     digest_of_objective,
-    digest_of_tensors,
 )
-from hessops.influence.files import write_whole
 from hessops.influence.fitted import FittedModel, TrainingData
 from hessops.objective import Objective
 from hessops.operators.base import TensorOperator
@@ -163,7 +161,7 @@ def load_fit(path: str | Path, configuration: Mapping[str, Description]) -> Save
         FileNotFoundError: There is no file.
     """
     path = Path(path)
-    content = _plain_content(path)
+    content = plain_content(path, "a fitted influence model")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise StoreError(f"{path} is not a file of a fitted influence model ({FORMAT!r})")
     fields = [field.name for field in dataclass_fields(SavedFit)][1:]
@@ -182,14 +180,3 @@ def load_fit(path: str | Path, configuration: Mapping[str, Description]) -> Save
     except TypeError as error:
         raise StoreError(f"{path} does not say which training data it is for: {error}") from error
     return SavedFit(path, *(content[name] for name in fields))
-
-
-def _plain_content(path: Path) -> object:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what torch says of files of others
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as error:  # torch has no error of its own for what is no file of its own
-        raise StoreError(f"{path} is not a file of a fitted influence model: {error}") from error

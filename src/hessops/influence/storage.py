@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from hessops.errors import DataError, DtypeError, StoreError
+from hessops.files import PARTIAL, digest_of_tensors, write_whole
 from hessops.functional.columns import COLUMN_BYTES
 from hessops.influence.description import (
     Description,
     difference,
     digest_of_objective,
-    digest_of_tensors,
 )
-from hessops.influence.files import PARTIAL, write_whole
 from hessops.influence.model import InfluenceFunctionModel
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import batch_operators

@@ -406,7 +406,7 @@ class EkfacOperator(KfacOperator):
 
     Example:
         >>> import torch
-        >>> from hessops import CgOperator, EkfacOperator, HessianOperator
+        >>> from hessops import CgOperator, EkfacOperator, GeneralizedGaussNewtonOperator
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(
         ...     torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
@@ -419,8 +419,8 @@ class EkfacOperator(KfacOperator):
 
         Its inverse preconditions a solve with the exact matrix:
 
-        >>> H = HessianOperator(model, loss, data)
-        >>> inverse = CgOperator(H, 0.1, preconditioner=K.inverse(regularization=0.1))
+        >>> G = GeneralizedGaussNewtonOperator(model, loss, data)
+        >>> inverse = CgOperator(G, 0.1, preconditioner=K.inverse(regularization=0.1))
         >>> bool(inverse.solve(torch.ones(67)).converged)
         True
     """
