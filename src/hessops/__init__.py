@@ -46,6 +46,7 @@ from hessops.objective import Objective
 from hessops.operators import (
     BatchOperator,
     BlockDiagonalOperator,
+    BlockEigenOperator,
     ClosedFormInverse,
     CurvatureOperator,
     Damping,
@@ -69,6 +70,7 @@ from hessops.operators import (
     SolveStatus,
     TensorDictOperator,
     TensorOperator,
+    load_factors,
 )
 from hessops.preconditioners import (
     BlockDiagonalPreconditioner,
@@ -93,6 +95,7 @@ __all__ = [
     "BatchStream",
     "BlockDiagonalOperator",
     "BlockDiagonalPreconditioner",
+    "BlockEigenOperator",
     "CgOperator",
     "ChunkAveraging",
     "ClosedFormInverse",
@@ -154,6 +157,7 @@ __all__ = [
     "ihvp",
     "lanczos_low_rank_hessian_approx",
     "lanzcos_low_rank_hessian_approx",
+    "load_factors",
     "model_hessian_low_rank",
     "model_hessian_nystroem_approximation",
     "operator_nystroem_approximation",

@@ -150,7 +150,7 @@ class MatrixLayer(ABC):
         r""":math:`\sum_t b_t a_t^\top` of one column, ``(groups, outputs, inputs)``."""
 
     def scale(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        r""":math:`\sum_t \lVert b_t\rVert \lVert a_t\rVert` of one column, a bound of `gradient`."""
+        r""":math:`\sum_t \lVert b_t\rVert \lVert a_t\rVert` of one column, above `gradient`."""
         sizes: Tensor = outputs.norm(dim=-1).sum(dim=1) * inputs.norm(dim=-1)
         return sizes.sum()
 

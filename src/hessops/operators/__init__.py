@@ -24,14 +24,17 @@ from hessops.operators.diagonal import (
     IdentityOperator,
 )
 from hessops.operators.eigen import EigenOperator
+from hessops.operators.eigen_blocks import BlockEigenOperator, KfacInverse
 from hessops.operators.inverse import ClosedFormInverse, DirectInverse, InverseOperator
-from hessops.operators.kronecker import EkfacOperator, KfacInverse, KfacOperator
+from hessops.operators.kronecker import EkfacOperator, KfacOperator
+from hessops.operators.kronecker_file import load_factors
 from hessops.operators.low_rank import LowRankOperator, LowRankProductOperator
 from hessops.operators.solution import Solution, SolveStatus
 
 __all__ = [
     "BatchOperator",
     "BlockDiagonalOperator",
+    "BlockEigenOperator",
     "ClosedFormInverse",
     "ComposedOperator",
     "CurvatureOperator",
@@ -60,4 +63,5 @@ __all__ = [
     "TensorDictOperator",
     "TensorOperator",
     "TransposedOperator",
+    "load_factors",
 ]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from hessops.errors import ArgumentError, ShapeError, SingularOperatorError, StructureError
+from hessops.errors import ShapeError, SingularOperatorError, StructureError
 from hessops.operators.base import TensorOperator
 from hessops.space import ParameterSpace
 from hessops.validation import checked_floating, checked_number, checked_regularization
@@ -49,8 +48,14 @@ class EigenOperator(TensorOperator):
 
     def __init__(self, eigenvalues: Tensor, *, space: ParameterSpace | None = None) -> None:
         checked_floating(eigenvalues, "eigenvalues", ndim=1)
-        super().__init__(
-            len(eigenvalues), eigenvalues.dtype, eigenvalues.device, symmetric=True, space=space
+        # By name, as a subclass may also be an operator on dictionaries, made of its space alone.
+        TensorOperator.__init__(
+            self,
+            len(eigenvalues),
+            eigenvalues.dtype,
+            eigenvalues.device,
+            symmetric=True,
+            space=space,
         )
         self._hold(eigenvalues.detach())
 
@@ -297,100 +302,3 @@ class DenseEigenOperator(EigenOperator):
 
     def _label(self) -> str:
         return self.label
-
-
-class BlockEigenOperator(EigenOperator):
-    """Operators with known eigen-decompositions along the diagonal, by parameters.
-
-    Args:
-        blocks: Name -> operator, each with a `space` of its own.
-        space: The parameters of the whole. Every one must belong to exactly one block.
-
-    Raises:
-        ArgumentError: A block without named parameters.
-        ParameterNameError: An unknown parameter, one in two blocks, or one in none.
-
-    Example:
-        >>> import torch
-        >>> from hessops import ParameterSpace
-        >>> from hessops.operators.eigen import BlockEigenOperator, DiagonalEigenOperator
-        >>> space = ParameterSpace.from_tensors({"a": torch.zeros(1), "b": torch.zeros(2)})
-        >>> a, b = (space.subspace([name]) for name in "ab")
-        >>> A = BlockEigenOperator(
-        ...     {
-        ...         "second": DiagonalEigenOperator(torch.full((2,), 4.0), space=b),
-        ...         "first": DiagonalEigenOperator(torch.ones(1), space=a),
-        ...     },
-        ...     space=space,
-        ... )
-        >>> A.apply(torch.ones(3)), A.trace()
-        (tensor([1., 4., 4.]), 9.0)
-    """
-
-    def __init__(self, blocks: Mapping[str, EigenOperator], *, space: ParameterSpace) -> None:
-        names: dict[str, Sequence[str]] = {}
-        for name, block in blocks.items():
-            if block.space is None:
-                raise ArgumentError(f"blocks[{name!r}] has no parameter space")
-            names[name] = block.space.names
-        pieces = space.partition(names)
-        self.blocks = dict(blocks)
-        self._positions = {name: _positions(space, piece.names) for name, piece in pieces.items()}
-        super().__init__(torch.cat([b.eigenvalues for b in blocks.values()]), space=space)
-
-    def _into_basis(self, rows: Tensor) -> Tensor:
-        parts = [
-            block._into_basis(rows[:, self._positions[name]]) for name, block in self.blocks.items()
-        ]
-        return torch.cat(parts, dim=1)
-
-    def _out_of_basis(self, rows: Tensor) -> Tensor:
-        result = torch.empty_like(rows)
-        parts = self._by_block(rows, dim=1)
-        for name, block in self.blocks.items():
-            result[:, self._positions[name]] = block._out_of_basis(parts[name])
-        return result
-
-    def _by_block(self, values: Tensor, dim: int = 0) -> dict[str, Tensor]:
-        """What is in the order of the eigenvalues, by block."""
-        sizes = [block.input_size for block in self.blocks.values()]
-        return dict(zip(self.blocks, torch.split(values, sizes, dim=dim), strict=True))
-
-    def _with_eigenvalues(self, eigenvalues: Tensor) -> BlockEigenOperator:
-        parts = self._by_block(eigenvalues)
-        changed = copy.copy(self)
-        changed.blocks = {
-            name: block._with_eigenvalues(parts[name]) for name, block in self.blocks.items()
-        }
-        changed._hold(eigenvalues)
-        return changed
-
-    @property
-    def cutoff(self) -> Tensor:
-        """The size up to which eigenvalues are taken for rounding, ``(n,)``, by block."""
-        return torch.cat([b.cutoff.expand(b.input_size) for b in self.blocks.values()])
-
-    def _move(self, device: torch.device) -> Self:
-        moved = self._copy_on(device)
-        moved.blocks = {}
-        for name, block in self.blocks.items():
-            there = block.to(device)
-            assert isinstance(there, EigenOperator)
-            moved.blocks[name] = there
-        moved._positions = {
-            name: where if isinstance(where, slice) else where.to(device)
-            for name, where in self._positions.items()
-        }
-        moved._hold(self.eigenvalues.to(device))
-        return moved
-
-    def _children(self) -> Sequence[TensorOperator]:
-        return tuple(self.blocks.values())
-
-
-def _positions(space: ParameterSpace, names: Sequence[str]) -> slice | Tensor:
-    """Where some parameters are in the flat vector; a slice where they follow one another."""
-    first = space.names.index(names[0])
-    if space.names[first : first + len(names)] == tuple(names):
-        return slice(space.slices[names[0]].start, space.slices[names[-1]].stop)
-    return space.indices(names)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 
 from hessops.batch.averaging import Averaging
 from hessops.batch.kronecker import Demotion, FisherType, KfacApprox, KroneckerEstimation
-from hessops.errors import ArgumentError, ArgumentTypeError, NonFiniteProductError, StructureError
+from hessops.errors import ArgumentError, NonFiniteProductError, StructureError
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import (
@@ -20,15 +21,14 @@ from hessops.operators.curvature import (
     GaussNewtonOperator,
     GeneralizedGaussNewtonOperator,
 )
-from hessops.operators.damping import Regularization, by_block, resolved
 from hessops.operators.eigen import (
-    BlockEigenOperator,
     DenseEigenOperator,
     DiagonalEigenOperator,
     EigenOperator,
 )
-from hessops.operators.inverse import DirectInverse
+from hessops.operators.eigen_blocks import BlockEigenOperator
 from hessops.operators.kronecker_block import KroneckerOperator
+from hessops.operators.kronecker_file import save_factors
 from hessops.point_loss import Loss, Reduction
 from hessops.randomness import resolved_generator
 from hessops.space import RestrictTo
@@ -38,11 +38,8 @@ from hessops.validation import (
     require_single_or_double,
 )
 
-DampingKind = Literal["exact", "factored-tikhonov"]
-DAMPING_KINDS = ("exact", "factored-tikhonov")
 
-
-class KfacOperator(EigenOperator):
+class KfacOperator(BlockEigenOperator):
     r"""KFAC: the Fisher matrix, block by block, as Kronecker products.
 
     For a layer with inputs a and gradients b by its outputs, at positions t of points i and for
@@ -161,12 +158,11 @@ class KfacOperator(EigenOperator):
         self._eigh_dtype = eigh_dtype
         self._progress = progress
         require_single_or_double(self.curvature.dtype, "model", type(self).__name__)
-        self._blockwise = self._estimated()
-        super().__init__(self._blockwise.eigenvalues, space=self.curvature.space)
+        super().__init__(self._estimated(), space=self.curvature.space)
 
     # --- estimation -----------------------------------------------------------------------
 
-    def _estimated(self) -> BlockEigenOperator:
+    def _estimated(self) -> dict[str, EigenOperator]:
         """Passes over the data and decomposes what they gave."""
         objective = self.curvature.objective
         assert objective is not None
@@ -184,7 +180,7 @@ class KfacOperator(EigenOperator):
             blocks = self._decomposed(estimation, statistics)
             if self.corrects_eigenvalues and estimation.layers:
                 blocks = self._corrected(estimation, blocks)
-        return BlockEigenOperator(blocks, space=self.curvature.space)
+        return blocks
 
     def _factors(self, estimation: KroneckerEstimation) -> list[Tensor]:
         """The averages of what `KroneckerEstimation.factors` gives."""
@@ -312,81 +308,37 @@ class KfacOperator(EigenOperator):
     def refresh(self) -> Self:
         """Takes a new copy of the model as it is now, and new passes, in place; returns itself."""
         self.curvature.refresh()
-        self._blockwise = self._estimated()
-        self._hold(self._blockwise.eigenvalues)
+        blocks = self._estimated()
+        self._hold_blocks(blocks, self.space)
+        self._hold(torch.cat([block.eigenvalues for block in blocks.values()]))
         return self
 
     # --- what it is -----------------------------------------------------------------------
 
-    @property
-    def blocks(self) -> dict[str, EigenOperator]:
-        """The blocks, by name of the module whose parameters they are for."""
-        return dict(self._blockwise.blocks)
+    def save(self, path: str | Path) -> None:
+        """Writes the eigen-decomposition to a file of tensors, whole or not at all.
 
-    @property
-    def cutoff(self) -> Tensor:
-        """The size up to which eigenvalues are taken for rounding, ``(P,)``, by block."""
-        return self._blockwise.cutoff
-
-    def pseudo_inverse(self, cutoff: float | None = None) -> EigenOperator:
-        """See `EigenOperator.pseudo_inverse`; each block has a cutoff of its own."""
-        return self._blockwise.pseudo_inverse(cutoff)
-
-    def inverse(
-        self,
-        solver: Callable[[TensorOperator], TensorOperator] | None = None,
-        *,
-        regularization: Regularization = None,
-        damping: DampingKind = "exact",
-    ) -> TensorOperator:
-        r"""The damped inverse in closed form, or :math:`K^{-1}` by a solver.
-
-        Args:
-            solver: See `TensorOperator.inverse`.
-            regularization: λ >= 0, or a `Damping` relative to the mean eigenvalue of each block; or
-                one for each block, as a mapping by name or a sequence in the order of `blocks`.
-            damping: ``"exact"`` is :math:`(K + \lambda I)^{-1}`; ``"factored-tikhonov"`` the
-                heuristic :math:`(B + \tfrac{\sqrt\lambda}{\pi} I)^{-1} \otimes
-                (A + \pi \sqrt\lambda I)^{-1}` with :math:`\pi^2` the ratio of the mean
-                eigenvalues of A and B (Martens & Grosse 2015, Section 6.3), for Kronecker blocks of
-                KFAC; exact for the other blocks.
-
-        Returns:
-            A `KfacInverse`, whose `with_regularization` reuses the eigenvectors.
+        `load_factors` reads it, without the data.
 
         Raises:
-            ArgumentError: An unknown `damping`; or the heuristic for corrected eigenvalues, which
-                have no factors.
-            ParameterNameError: `regularization` names other blocks.
-            SingularOperatorError: It is singular to working precision; see `pseudo_inverse`.
+            OSError: Of the file system; an earlier file stays as it was.
         """
-        if solver is not None:
-            if regularization is not None or damping != "exact":
-                raise ArgumentError(
-                    "regularization and damping are for the closed form: with a solver, shift the "
-                    "operator, or bind arguments to the solver"
-                )
-            return super().inverse(solver)
-        return KfacInverse(self, regularization, damping)
-
-    def _into_basis(self, rows: Tensor) -> Tensor:
-        return self._blockwise._into_basis(rows)
-
-    def _out_of_basis(self, rows: Tensor) -> Tensor:
-        return self._blockwise._out_of_basis(rows)
-
-    def _with_eigenvalues(self, eigenvalues: Tensor) -> EigenOperator:
-        return self._blockwise._with_eigenvalues(eigenvalues)
+        objective = self.curvature.objective
+        assert objective is not None
+        settings = {
+            "operator": type(self).__name__,
+            "fisher_type": self.fisher_type,
+            "kfac_approx": self.kfac_approx,
+        }
+        save_factors(self, objective, settings, path)
 
     def _move(self, device: torch.device) -> Self:
-        moved = self._copy_on(device)
+        moved = super()._move(device)
         moved.curvature = self.curvature.to(device)  # type: ignore[assignment]  # of the same type
-        moved._blockwise = self._blockwise.to(device)  # type: ignore[assignment]  # of the same type
-        moved._hold(moved._blockwise.eigenvalues)
         return moved
 
     def _children(self) -> Sequence[TensorOperator]:
-        return (self.curvature, *self._blockwise.blocks.values())
+        return (self.curvature, *super()._children())
 
     def _label(self) -> str:
         shared = "" if self.kfac_approx == "expand" else f", {self.kfac_approx}"
@@ -400,9 +352,9 @@ class EkfacOperator(KfacOperator):
 
     in place of :math:`\lambda_{B,j} \lambda_{A,k}`, in the notation of `KfacOperator` (George et
     al. 2018): of all matrices with these eigenvectors the closest one in Frobenius norm. One pass
-    more over the data. Activations and gradients are rotated before the outer product; where a point has
-    a single position, the sum is a product of two matrices. Arguments and errors are those of
-    `KfacOperator`; exact blocks and diagonals are as there.
+    more over the data. Activations and gradients are rotated before the outer product; where a
+    point has a single position, the sum is a product of two matrices. Arguments, errors and exact
+    blocks are those of `KfacOperator`.
 
     Example:
         >>> import torch
@@ -426,118 +378,3 @@ class EkfacOperator(KfacOperator):
     """
 
     corrects_eigenvalues = True
-
-
-class KfacInverse(DirectInverse):
-    r"""The damped inverse of a (E)KFAC operator, block by block; see `KfacOperator.inverse`.
-
-    Args:
-        operator: K.
-        regularization: λ, for all blocks or for each.
-        damping: ``"exact"`` or ``"factored-tikhonov"``.
-
-    Attributes:
-        block_regularization: λ by block.
-        inverse_map: The inverse, with its eigen-decomposition.
-
-    Raises:
-        HessopsError: See `KfacOperator.inverse`.
-
-    Example:
-        >>> import torch
-        >>> from hessops import Damping, KfacOperator
-        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> K = KfacOperator(model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))])
-        >>> inverse = K.inverse(regularization=Damping(relative=0.4))  # of (1 + 4) / 2
-        >>> inverse.apply(torch.ones(2)).round(decimals=4)
-        tensor([0.5000, 0.2000])
-        >>> inverse.with_regularization(3.0).apply(torch.ones(2)).round(decimals=4)
-        tensor([0.2500, 0.1429])
-    """
-
-    def __init__(
-        self,
-        operator: KfacOperator,
-        regularization: Regularization = None,
-        damping: DampingKind = "exact",
-    ) -> None:
-        if not isinstance(operator, KfacOperator):
-            raise ArgumentTypeError(
-                f"operator must be a KfacOperator, got {type(operator).__name__}"
-            )
-        if damping not in DAMPING_KINDS:
-            raise ArgumentError(f"damping must be one of {DAMPING_KINDS}, got {damping!r}")
-        blocks = operator.blocks
-        given = by_block(regularization, list(blocks))
-        self.block_regularization = {
-            name: resolved(given[name], block.trace() / block.input_size, name)
-            for name, block in blocks.items()
-        }
-        self.damping: DampingKind = damping
-        values = set(self.block_regularization.values())
-        # What is common to all blocks; the others have no single λ.
-        super().__init__(operator, values.pop() if len(values) == 1 else None)
-        self._kfac = operator
-        self._system = self._damped(blocks)
-        self.inverse_map = self._inverted()
-
-    def _damped(self, blocks: Mapping[str, EigenOperator]) -> EigenOperator:
-        """The operator that is inverted."""
-        damped = []
-        for name, block in blocks.items():
-            value = self.block_regularization[name]
-            if self.damping == "exact" or not isinstance(block, KroneckerOperator):
-                damped.append(block.eigenvalues + value)
-            elif block.factor_eigenvalues is None:
-                raise ArgumentError(
-                    "damping='factored-tikhonov' damps the two factors of KFAC, which corrected "
-                    "eigenvalues do not have; use damping='exact'"
-                )
-            else:
-                damped.append(block.factored_tikhonov(value).eigenvalues)
-        return self._kfac._with_eigenvalues(torch.cat(damped))
-
-    def _inverted(self) -> EigenOperator:
-        sizes = {name: block.input_size for name, block in self._kfac.blocks.items()}
-        shifts = [
-            self._kfac.eigenvalues.new_full((size,), self.block_regularization[name])
-            for name, size in sizes.items()
-        ]
-        damped = self._system.eigenvalues
-        self._kfac._require_regular(damped, torch.cat(shifts))
-        return self._kfac._with_eigenvalues(1 / damped)
-
-    @property
-    def system(self) -> TensorOperator:
-        """The damped operator that is inverted."""
-        return self._system
-
-    def _inverse_rows(self, rows: Tensor) -> Tensor:
-        return self.inverse_map._product(rows)
-
-    def with_regularization(self, regularization: Regularization) -> KfacInverse:
-        """The same inverse for another λ, or others; the eigenvectors are shared."""
-        return KfacInverse(self._kfac, regularization, self.damping)
-
-    def _closed_form_inverse(self, shift: float) -> TensorOperator:
-        # (D⁻¹ + s)⁻¹ in the same eigenbasis.
-        return self._system if shift == 0 else self.inverse_map._closed_form_inverse(shift)
-
-    def _move(self, device: torch.device) -> Self:
-        moved = super()._move(device)
-        assert isinstance(moved.operator, KfacOperator)
-        moved._kfac = moved.operator
-        for name in ("_system", "inverse_map"):
-            setattr(moved, name, getattr(self, name).to(device))
-        return moved
-
-    def _label(self) -> str:
-        values = self.block_regularization
-        shown = (
-            f"{self.regularization:g}"
-            if len(set(values.values())) == 1
-            else "{" + ", ".join(f"{name!r}: {value:g}" for name, value in values.items()) + "}"
-        )
-        kind = "" if self.damping == "exact" else f", damping={self.damping!r}"
-        return f"KfacInverse(regularization={shown}{kind})"
