@@ -2,6 +2,7 @@
 
 from hessops.influence.bilinear import BilinearForm, LowRankBilinearForm
 from hessops.influence.calculators import SequentialInfluenceCalculator
+from hessops.influence.ekfac import EkfacInfluence
 from hessops.influence.fitted import FittedBlock, FittedModel, TrainingData
 from hessops.influence.gradients import GradientProvider
 from hessops.influence.lazy import InfluenceChunk, LazyFactors, LazyInfluences, TopInfluences
@@ -26,6 +27,7 @@ __all__ = [
     "CgInfluence",
     "Damping",
     "DirectInfluence",
+    "EkfacInfluence",
     "FittedBlock",
     "FittedModel",
     "GradientProvider",

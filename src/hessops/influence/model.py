@@ -56,6 +56,7 @@ from hessops.operators.damping import (
 )
 from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import DiagonalBlock
+from hessops.operators.eigen import EigenOperator
 from hessops.point_loss import Loss, Reduction
 from hessops.randomness import resolved_generator
 from hessops.space import ParameterSpace
@@ -310,7 +311,7 @@ class InfluenceFunctionModel(ABC):
         )
 
     def _scale(self, name: str, operator: TensorOperator | None, kept: TensorOperator) -> float:
-        if isinstance(kept, MatrixOperator):
+        if isinstance(kept, (MatrixOperator, EigenOperator)):
             return self._mean_eigenvalue(kept)
         if operator is None:
             raise ArgumentError(

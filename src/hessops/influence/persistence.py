@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hessops.errors import StoreError
 from hessops.files import digest_of_tensors, plain_content, write_whole
-from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.influence.description import (
     Description,
     difference,
@@ -20,10 +19,9 @@ from hessops.influence.description import (
     digest_of_objective,
 )
 from hessops.influence.fitted import FittedModel, TrainingData
+from hessops.influence.kept import kept_of_tensors, tensors_of_kept
 from hessops.objective import Objective
 from hessops.operators.base import TensorOperator
-from hessops.operators.dense import MatrixOperator
-from hessops.operators.low_rank import LowRankProductOperator
 from hessops.space import ParameterSpace
 
 FORMAT = "hessops influence model 1"
@@ -73,22 +71,9 @@ class SavedFit:
         Raises:
             StoreError: It does not fit the parameters of the block.
         """
-        tensors = {name: t.to(space.device) for name, t in self.tensors.get(block, {}).items()}
         try:
-            if "matrix" in tensors:
-                semidefinite = bool(tensors["positive_semidefinite"]) or None
-                return MatrixOperator(
-                    tensors["matrix"],
-                    symmetric=bool(tensors["symmetric"]) or None,
-                    positive_semidefinite=semidefinite,
-                    space=space,
-                    copy=False,
-                )
-            pairs = LowRankProductRepresentation(
-                tensors["eigen_vals"], tensors["projections"], bool(tensors["clipped"])
-            )
-            return LowRankProductOperator(pairs, space=space)
-        except (KeyError, ValueError, TypeError) as error:
+            return kept_of_tensors(block, self.tensors.get(block, {}), space)
+        except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
             raise StoreError(
                 f"{self.path} does not hold what was fitted for block {block!r}: {error}"
             ) from error
@@ -134,23 +119,14 @@ def _checksum(
 
 
 def _tensors_of(block: str, kept: TensorOperator) -> dict[str, Tensor]:
-    if isinstance(kept, MatrixOperator):
-        return {
-            "matrix": kept.matrix.cpu(),
-            "symmetric": torch.tensor(kept.symmetric is True),
-            "positive_semidefinite": torch.tensor(kept.positive_semidefinite is True),
-        }
-    if isinstance(kept, LowRankProductOperator):
-        pairs = kept.low_rank_representation
-        return {
-            "eigen_vals": pairs.eigen_vals.cpu(),
-            "projections": pairs.projections.cpu(),
-            "clipped": torch.tensor(pairs.clipped),
-        }
-    raise StoreError(
-        f"block {block!r} keeps a {type(kept).__name__}, which cannot be written; a model that "
-        "sets needs_data=False must keep a MatrixOperator or a LowRankProductOperator"
-    )
+    tensors = tensors_of_kept(kept)
+    if tensors is None:
+        raise StoreError(
+            f"block {block!r} keeps a {type(kept).__name__}, which cannot be written; a model that "
+            "sets needs_data=False must keep a MatrixOperator, a LowRankProductOperator or blocks "
+            "of a KfacOperator"
+        )
+    return tensors
 
 
 def load_fit(path: str | Path, configuration: Mapping[str, Description]) -> SavedFit:

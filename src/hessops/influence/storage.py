@@ -21,11 +21,10 @@ from hessops.influence.description import (
     difference,
     digest_of_objective,
 )
+from hessops.influence.kept import tensors_of_kept
 from hessops.influence.model import InfluenceFunctionModel
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import batch_operators
-from hessops.operators.dense import MatrixOperator
-from hessops.operators.low_rank import LowRankProductOperator
 from hessops.solvers import LissaOperator
 from hessops.streaming import Batch
 
@@ -86,13 +85,9 @@ def manifest_of(
 
 
 def _digest_of_kept(kept: TensorOperator) -> Description:
-    """A hash of a matrix or eigenpairs; other operators follow from parameters and data."""
-    if isinstance(kept, MatrixOperator):
-        return digest_of_tensors({"matrix": kept.matrix})
-    if isinstance(kept, LowRankProductOperator):
-        pairs = kept.low_rank_representation
-        return digest_of_tensors({"values": pairs.eigen_vals, "vectors": pairs.projections})
-    return type(kept).__name__
+    """A hash of what has a file form; other operators follow from parameters and data."""
+    tensors = tensors_of_kept(kept)
+    return type(kept).__name__ if tensors is None else digest_of_tensors(tensors)
 
 
 def _require_repeatable(model: InfluenceFunctionModel) -> None:

@@ -10,6 +10,7 @@ import torch
 from hessops.errors import ArgumentError, ParameterNameError
 from hessops.operators.base import DENSE_CHUNK_BYTES, TensorOperator
 from hessops.operators.dense import MatrixOperator
+from hessops.operators.eigen import EigenOperator
 from hessops.randomness import rademacher, resolved_generator
 from hessops.validation import checked_number, checked_regularization
 
@@ -107,7 +108,7 @@ def resolved(damping: float | Damping, mean_eigenvalue: float | None, block: str
 
 
 def mean_eigenvalue(operator: TensorOperator, generator: torch.Generator | None = None) -> float:
-    r""":math:`\mathrm{tr}(A)/n`: exact for small operators and matrices, by probes elsewhere.
+    r""":math:`\mathrm{tr}(A)/n`: exact where it is at hand or A is small, by probes elsewhere.
 
     Args:
         operator: A.
@@ -121,6 +122,8 @@ def mean_eigenvalue(operator: TensorOperator, generator: torch.Generator | None 
         2.0
     """
     size = operator.input_size
+    if isinstance(operator, EigenOperator):
+        return operator.trace() / size
     if isinstance(operator, MatrixOperator):
         return operator.matrix.diagonal().double().mean().item()
     if size <= EXACT_TRACE_SIZE:

@@ -1,0 +1,188 @@
+"""EkfacInfluence: influences by Kronecker-factored curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from hessops.batch.kronecker import FisherType, KfacApprox
+from hessops.errors import ArgumentTypeError, StructureError
+from hessops.influence.model import CommonSettings, InfluenceFunctionModel
+from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode
+from hessops.objective import Objective
+from hessops.operators.base import TensorOperator
+from hessops.operators.damping import BlockRegularization, Regularization
+from hessops.operators.eigen import EigenOperator
+from hessops.operators.kronecker import EkfacOperator, KfacOperator
+from hessops.point_loss import Loss
+
+
+class EkfacInfluence(InfluenceFunctionModel):
+    r"""Influences by KFAC or EKFAC, layer by layer.
+
+    .. math:: \mathcal I(z', z) = \sum_{\text{layers}} \langle g(z'),
+              Q\, (\Lambda + \lambda I)^{-1} Q^\top g(z)\rangle, \qquad Q = Q_B \otimes Q_A
+
+    with the eigenvectors of the Kronecker factors of each layer and the eigenvalues of KFAC
+    (Martens & Grosse 2015) or EKFAC (George et al. 2018; for influences Grosse et al. 2023). See
+    `hessops.KfacOperator` for what a layer is, what becomes of all other parameters, and the
+    arguments from `fisher_type` to `eigh_dtype`. The blocks are the layers, under the names of
+    their modules.
+
+    Without a regularization it is the pseudo-inverse of each block: eigenvalues below 10·m·ε of the
+    largest of the block are left out, with ε the precision of the dtype and m the size of the
+    largest matrix that was decomposed. `fit` passes over the data once to check them and once for
+    the factors, once more with `update_diagonal`, and keeps eigenvectors and eigenvalues: nothing
+    else needs the training data.
+
+    Args:
+        model: A module.
+        update_diagonal: ``False`` is KFAC, ``True`` is EKFAC.
+        regularization: λ >= 0, also named ``hessian_regularization``, or a `Damping` relative to
+            the mean eigenvalue of each block; or one for each layer.
+        progress: Shows progress bars over batches and decompositions.
+        loss: ``loss(output, target)``; ``None`` is `torch.nn.CrossEntropyLoss`, of a classifier.
+        fisher_type: ``"type-2"``, ``"monte-carlo"`` or ``"empirical"``.
+        kfac_approx: ``"expand"`` or ``"reduce"``.
+        num_samples: Random columns per point with ``"monte-carlo"``.
+        max_dense: The most parameters of a module with a whole exact block.
+        eigh_dtype: Dtype in which factors are decomposed; ``None`` is that of the parameters.
+        common: `reduction`, `unpack`, `cache` and `generator`; see `InfluenceFunctionModel`.
+
+    Raises:
+        ArgumentTypeError: `block_structure` or `second_order_mode` is given.
+        HessopsError: As of `InfluenceFunctionModel`; from `fit`, as of `hessops.KfacOperator`.
+
+    Example:
+        >>> import torch
+        >>> from hessops.influence import EkfacInfluence
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> x, y = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)
+        >>> influence = EkfacInfluence(model, update_diagonal=True, loss=torch.nn.MSELoss())
+        >>> influence.fit([(x, y)]).influences(x[:1], y[:1], x, y)
+        tensor([[0.4000, 3.6000]])
+        >>> influence.influences_by_layer(x[:1], y[:1], x, y)
+        {'': tensor([[0.4000, 3.6000]])}
+    """
+
+    needs_data = False
+    kept_type = EigenOperator
+
+    def __init__(
+        self,
+        model: nn.Module,
+        update_diagonal: bool = False,
+        regularization: Regularization = 0.0,
+        progress: bool = False,
+        *,
+        loss: Loss | None = None,
+        fisher_type: FisherType = "type-2",
+        kfac_approx: KfacApprox = "expand",
+        num_samples: int = 1,
+        max_dense: int = 512,
+        eigh_dtype: torch.dtype | None = None,
+        **common: Unpack[CommonSettings],
+    ) -> None:
+        for name in ("block_structure", "second_order_mode"):
+            if name in common:
+                raise ArgumentTypeError(
+                    f"{name} is not a choice here: the blocks are the layers, and fisher_type says "
+                    "which matrix is approximated"
+                )
+        if not isinstance(update_diagonal, bool):
+            raise ArgumentTypeError(
+                f"update_diagonal must be True or False, got {update_diagonal!r}; is it the loss? "
+                "That is a keyword, loss=..."
+            )
+        super().__init__(
+            model,
+            nn.CrossEntropyLoss() if loss is None else loss,
+            regularization,
+            BlockMode.LAYER_WISE,
+            SecondOrderMode.GAUSS_NEWTON
+            if fisher_type == "empirical"
+            else SecondOrderMode.GENERALIZED_GAUSS_NEWTON,
+            **common,
+        )
+        self.update_diagonal = update_diagonal
+        self.progress = progress
+        self.fisher_type: FisherType = fisher_type
+        self.kfac_approx: KfacApprox = kfac_approx
+        self.num_samples = num_samples
+        self.max_dense = max_dense
+        self.eigh_dtype = eigh_dtype
+
+    def _curvature(self, dataloader: Iterable[object]) -> TensorOperator:
+        kind = EkfacOperator if self.update_diagonal else KfacOperator
+        return kind(
+            self.model,
+            self.loss,
+            dataloader,
+            self.fisher_type,
+            self._space.names,
+            kfac_approx=self.kfac_approx,
+            num_samples=self.num_samples,
+            generator=self.generator,
+            max_dense=self.max_dense,
+            eigh_dtype=self.eigh_dtype,
+            reduction=self.reduction,
+            cache=self.cache,
+            progress=self.progress,
+            unpack=self.unpack,
+        )
+
+    def _split(self, operator: TensorOperator) -> dict[str, TensorOperator]:
+        assert isinstance(operator, KfacOperator)
+        blocks = operator.blocks
+        if set(blocks) != set(self._blocks):
+            raise StructureError(
+                f"the factors have the blocks {list(blocks)}, expected {list(self._blocks)}"
+            )
+        return {name: blocks[name] for name in self._blocks}
+
+    def _objective_of(self, operator: TensorOperator) -> Objective:
+        assert isinstance(operator, KfacOperator)
+        return super()._objective_of(operator.curvature)
+
+    def _invert(self, operator: TensorOperator, regularization: float) -> TensorOperator:
+        assert isinstance(operator, EigenOperator)
+        if regularization == 0:
+            return operator.pseudo_inverse()
+        return operator._inverted(regularization)
+
+    # --- by layer -------------------------------------------------------------------------
+
+    def influence_factors_by_layer(self, x: object, y: object) -> dict[str, Tensor]:
+        """As `influence_factors_by_block`: name of a module -> ``(n, P_layer)``."""
+        return self.influence_factors_by_block(x, y)
+
+    def influences_from_factors_by_layer(
+        self,
+        factors: Mapping[str, Tensor] | Tensor,
+        x: object,
+        y: object,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> dict[str, Tensor]:
+        """As `influences_from_factors_by_block`: name of a module -> ``(m, n)``."""
+        return self.influences_from_factors_by_block(factors, x, y, mode)
+
+    def influences_by_layer(
+        self,
+        x_test: object,
+        y_test: object,
+        x: object = None,
+        y: object = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> dict[str, Tensor]:
+        """As `influences_by_block`: name of a module -> ``(m, n)``; their sum is `influences`."""
+        return self.influences_by_block(x_test, y_test, x, y, mode)
+
+    def explore_hessian_regularization(
+        self, x: object, y: object, values: Iterable[BlockRegularization]
+    ) -> dict[BlockRegularization, dict[str, Tensor]]:
+        """As `explore_regularization`: value -> name of a module -> ``(n, n)``."""
+        return self.explore_regularization(x, y, values)
