@@ -14,7 +14,8 @@ from torch.func import functional_call, vjp, vmap
 from hessops.errors import ArgumentError, ModelError
 from hessops.functional.capture import Call, CapturedRun
 from hessops.functional.gradients import vectorised_or_looped
-from hessops.functional.layers import MatrixLayer, matrix_layer
+from hessops.functional.layers import MatrixLayer
+from hessops.functional.layerwise import Demotion, MatrixLayers, Probe
 from hessops.functional.products import Params, Stack, StackedGradient, differentiable
 from hessops.functional.roots import OutputRoot, gradient_root, hessian_root, sampled_root
 from hessops.nested import differentiable_leaves
@@ -32,10 +33,6 @@ KFAC_APPROXIMATIONS = ("expand", "reduce")
 COLUMN_BYTES = 2**27
 # Memory for the gradients of points by the parameters of an exact block.
 ROW_BYTES = 2**27
-# Points of a batch on which it is verified that layers are what they are taken for.
-VERIFIED_POINTS = 8
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
-
 OutputMap = Callable[[Params, object], list[Tensor]]
 
 
@@ -67,10 +64,6 @@ class ExactBlock:
     def moment(self, rows: Tensor) -> Tensor:
         """The sum over the rows ``(m, P)`` of their outer products, or of its diagonal."""
         return rows.T @ rows if self.is_dense else rows.square().sum(dim=0)
-
-
-class Demotion(Exception):  # not an error: the pass begins anew
-    """A layer turned out not to be what it was taken for."""
 
 
 class KroneckerEstimation:
@@ -118,13 +111,14 @@ class KroneckerEstimation:
         self._gradient_of = StackedGradient()
         self._demoted: set[str] = set()
         self._modules = dict(objective.model.named_modules())
-        self.layers: dict[str, MatrixLayer] = {}
-        for name, module in self._modules.items():
-            layer = matrix_layer(name, module, objective.space)
-            if layer is not None:
-                self.layers[name] = layer
+        self._matrices = MatrixLayers(objective)
         self.exact: dict[str, ExactBlock] = {}
         self._arrange()
+
+    @property
+    def layers(self) -> dict[str, MatrixLayer]:
+        """The layers with Kronecker factors, by name of the module."""
+        return self._matrices.layers
 
     def _arrange(self) -> None:
         """Gives every parameter that no layer has a share in an exact block, by module."""
@@ -153,87 +147,53 @@ class KroneckerEstimation:
     @property
     def _watched(self) -> dict[str, nn.Module]:
         local = {name: b.module for name, b in self.exact.items() if b.module is not None}
-        return {**{name: layer.module for name, layer in self.layers.items()}, **local}
+        return {**self._matrices.modules, **local}
 
     # --- is a layer what it is taken for? -------------------------------------------------
 
     def verify(self, batch: Batch) -> dict[str, list[int]]:
-        """Checks some points of a batch; where the points lie in each call of each module.
+        """Checks some points of a batch; where the points lie in each call of each layer.
 
         Raises:
             Demotion: A layer or module is none of the kind it was taken for: begin anew.
             ModelError: The gradients of the points alone do not add up to that of the batch.
         """
-        generator = torch.Generator().manual_seed(batch.position)
-        order = torch.randperm(batch.size, generator=generator)[:VERIFIED_POINTS].sort().values
-        points = batch.rows(order.to(self.objective.device), len(order))
-        run = CapturedRun(self.objective, points, self._watched)
-        is_probed = torch.zeros(len(order), dtype=torch.bool)
-        is_probed[torch.randperm(len(order), generator=generator)[: (len(order) + 1) // 2]] = True
-        columns = [_probe(part, is_probed, generator) for part in run.parts]
-        outputs = run.gradients([column.unsqueeze(0) for column in columns])
-        expected = run.parameter_gradients(columns)
-        others = (~is_probed).nonzero().flatten().to(self.objective.device)
-        dims: dict[str, list[int]] = {}
-        demoted = []
-        for name in self._watched:
-            calls, gradients = run.calls.get(name, []), outputs.get(name, [])
-            layer = self.layers.get(name)
-            found = (
-                _verified_layer(layer, calls, gradients, points.size, others, expected)
-                if layer is not None
-                else self._verified_module(self.exact[name], calls, gradients, expected, points)
-            )
-            if found is None:
-                demoted.append(name)
-            else:
-                dims[name] = found
-        if demoted:
-            self._demote(demoted)
-            raise Demotion
-        for block in self.exact.values():
+        probe = self._matrices.probe(batch, self._watched)
+        try:
+            dims = self._matrices.dims(probe)
+        except Demotion:
+            self._arrange()
+            raise
+        for name, block in self.exact.items():
+            if block.module is not None and not self._is_verified(block, probe):
+                self.exact[name] = replace(block, module=None)
+                self._demoted.add(name)
+                raise Demotion
             if block.module is None:
-                rows = torch.cat(list(self._model_rows(block, points, columns_of(columns))))
-                self._require_sum(block, rows.sum(dim=0), rows, expected, batch)
+                self._require_sum(block, probe, batch)
         return dims
 
-    def _demote(self, names: Sequence[str]) -> None:
-        for name in names:
-            if self.layers.pop(name, None) is None:
-                block = self.exact[name]
-                self.exact[name] = replace(block, module=None)
-            self._demoted.add(name)
-        self._arrange()
-
-    def _verified_module(
-        self,
-        block: ExactBlock,
-        calls: Sequence[Call | None],
-        gradients: Sequence[Tensor],
-        expected: Params,
-        points: Batch,
-    ) -> list[int] | None:
-        wanted = block.space.flatten({name: expected[name] for name in block.space.names})
+    def _is_verified(self, block: ExactBlock, probe: Probe) -> bool:
+        """Whether the gradients of the points follow from one call of the module."""
+        calls, wanted = probe.run.calls.get(block.name, []), _gradient_of(block, probe)
         if not calls:
-            return [] if not wanted.any() else None
+            return not wanted.any()
         call = calls[0]
-        if len(calls) > 1 or call is None or not _lie_first(call, points.size):
-            return None
+        if len(calls) > 1 or call is None or not _lie_first(call, probe.points.size):
+            return False
+        (gradients,) = probe.gradients[block.name]
         try:
-            rows = torch.cat(list(self._module_rows(block, call, gradients[0])))
+            rows = torch.cat(list(self._module_rows(block, call, gradients)))
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a module that takes no single point; the whole model may
-            return None
-        scale = rows.norm(dim=1).sum()
-        close = (rows.sum(dim=0) - wanted).norm() <= _tolerance(rows) * scale
-        return [0] if close else None
+            return False
+        return probe.agrees(rows.sum(dim=0), wanted, rows.norm(dim=1).sum())
 
-    def _require_sum(
-        self, block: ExactBlock, total: Tensor, rows: Tensor, expected: Params, batch: Batch
-    ) -> None:
-        wanted = block.space.flatten({name: expected[name] for name in block.space.names})
-        if (total - wanted).norm() > _tolerance(rows) * rows.norm(dim=1).sum():
+    def _require_sum(self, block: ExactBlock, probe: Probe, batch: Batch) -> None:
+        columns = [column.unsqueeze(0) for column in probe.columns]
+        rows = torch.cat(list(self._model_rows(block, probe.points, columns)))
+        if not probe.agrees(rows.sum(dim=0), _gradient_of(block, probe), rows.norm(dim=1).sum()):
             raise ModelError(
                 f"batch {batch.position}: the gradients of the points alone by the parameters of "
                 f"module {block.name!r} do not add up to the gradient of their sum, so that the "
@@ -263,7 +223,7 @@ class KroneckerEstimation:
         """
         dims = self.verify(batch)
         run = CapturedRun(self.objective, batch, self._watched)
-        inputs = self._inputs(run, batch, dims)
+        inputs = self._matrices.inputs(run, batch, dims)
         root = self._root(run.output, batch)
         zeros = [self._zeros(shape) for shape in self.factor_shapes]
         values = iter(zeros)
@@ -272,7 +232,7 @@ class KroneckerEstimation:
         for name, x in inputs.items():
             layer = self.layers[name]
             moments[name][0].add_(layer.input_moment(self._shared(layer, x, is_output=False)))
-            positions = 1 if self._reduces(layer) else x.shape[-2 if layer.can_reduce else -1]
+            positions = 1 if self._reduces(layer) else x.shape[layer.position_dim]
             moments[name][1].fill_(batch.size * positions)
         for columns, outputs in self._columns(run, root, batch, dims):
             for name in inputs:
@@ -304,7 +264,7 @@ class KroneckerEstimation:
             ) from None
         modules = {name: layer.module for name, layer in self.layers.items()}
         run = CapturedRun(self.objective, batch, modules)
-        inputs = self._inputs(run, batch, dims)
+        inputs = self._matrices.inputs(run, batch, dims)
         root = self._root(run.output, batch)
         totals = {name: self._zeros(layer.form.shape) for name, layer in self.layers.items()}
         for _, outputs in self._columns(run, root, batch, dims):
@@ -338,30 +298,6 @@ class KroneckerEstimation:
             return rows
         return rows.sum(dim=-2, keepdim=True) if is_output else rows.mean(dim=-2, keepdim=True)
 
-    def _inputs(
-        self, run: CapturedRun, batch: Batch, dims: Mapping[str, list[int]]
-    ) -> dict[str, Tensor]:
-        """The inputs of the layers that were called, those of several calls as positions."""
-        found = {}
-        for name, layer in self.layers.items():
-            calls = run.calls.get(name, [])
-            if len(calls) != len(dims[name]):
-                raise ModelError(
-                    f"batch {batch.position}: module {name!r} was called {len(calls)} times, and "
-                    f"{len(dims[name])} times on some of the points: their number decides"
-                )
-            parts = []
-            for call, dim in zip(calls, dims[name], strict=True):
-                if call is None or not layer.fits(call.input, call.output, batch.size, dim):
-                    raise ModelError(
-                        f"batch {batch.position}: module {name!r} is called with other shapes than "
-                        "on some of the points alone"
-                    )
-                parts.append(layer.inputs(call.input, batch.size, dim))
-            if parts:
-                found[name] = torch.cat(parts, dim=-2 if layer.can_reduce else -1)
-        return found
-
     def _columns(
         self, run: CapturedRun, root: OutputRoot, batch: Batch, dims: Mapping[str, list[int]]
     ) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
@@ -372,17 +308,10 @@ class KroneckerEstimation:
         for start in range(0, root.count, chunk):
             columns = root.columns(start, start + chunk)
             gradients = run.gradients(columns, self._gradient_of)
-            outputs = {}
-            for name, found in gradients.items():
-                layer = self.layers.get(name)
-                if layer is None:
-                    outputs[name] = found[0]
-                    continue
-                parts = [
-                    layer.outputs(g, batch.size, dim)
-                    for g, dim in zip(found, dims[name], strict=True)
-                ]
-                outputs[name] = torch.cat(parts, dim=-2)
+            outputs = self._matrices.outputs(gradients, batch, dims)
+            for name in self.exact:
+                if name in gradients:
+                    (outputs[name],) = gradients[name]
             yield columns, outputs
 
     # --- exact blocks ---------------------------------------------------------------------
@@ -467,63 +396,10 @@ def _pulled_back(output: OutputMap, params: Params, points: Batch, vectorize: bo
     return {name: torch.stack(rows) for name, rows in found.items()}
 
 
-def columns_of(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Weights of the outputs as a single column."""
-    return [weight.unsqueeze(0) for weight in weights]
-
-
-def _probe(part: Tensor, is_probed: Tensor, generator: torch.Generator) -> Tensor:
-    """Random weights of an output that are zero for the other points."""
-    drawn = torch.randn(part.shape, generator=generator, dtype=torch.float64)
-    return (drawn * is_probed.reshape(-1, *[1] * (part.ndim - 1))).to(part)
-
-
-def _tolerance(like: Tensor) -> float:
-    return _TOLERANCES.get(like.dtype, 5e-2)
+def _gradient_of(block: ExactBlock, probe: Probe) -> Tensor:
+    """The gradient by the parameters of a block, of the weights of a probe."""
+    return block.space.flatten({name: probe.expected[name] for name in block.space.names})
 
 
 def _lie_first(call: Call, size: int) -> bool:
     return all(t.ndim > 0 and len(t) == size for t in (call.input, call.output))
-
-
-def _verified_layer(
-    layer: MatrixLayer,
-    calls: Sequence[Call | None],
-    gradients: Sequence[Tensor],
-    size: int,
-    others: Tensor,
-    expected: Params,
-) -> list[int] | None:
-    """Where the points lie in each call; ``None`` where the layer is none.
-
-    Args:
-        layer: A claim.
-        calls: The calls of its module, for some points.
-        gradients: Those by the outputs of the calls, of a column that is zero for the points
-            `others`.
-        size: Number of points.
-        others: Their positions.
-        expected: The gradient by the parameters.
-    """
-    form = layer.form
-    flat = form.space.flatten({name: expected[name] for name in form.space.names})
-    wanted = form.matrices(flat.unsqueeze(0))[0]
-    known = [call for call in calls if call is not None]
-    if not known or len(known) < len(calls):
-        return None if len(known) < len(calls) or wanted.any() else []
-    dims, inputs, outputs = [], [], []
-    for call, gradient in zip(known, gradients, strict=True):
-        for dim in (0, 1):
-            if not layer.fits(call.input, call.output, size, dim):
-                continue
-            rows = layer.outputs(gradient, size, dim)
-            if not rows[:, :, others].any():
-                dims.append(dim)
-                inputs.append(layer.inputs(call.input, size, dim))
-                outputs.append(rows)
-                break
-        else:
-            return None
-    a, b = torch.cat(inputs, dim=-2 if layer.can_reduce else -1), torch.cat(outputs, dim=-2)
-    close = (layer.gradient(a, b) - wanted).norm() <= _tolerance(b) * layer.scale(a, b)
-    return dims if close else None

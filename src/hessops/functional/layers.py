@@ -114,6 +114,8 @@ class MatrixLayer(ABC):
 
     # Whether the inputs of a point can be averaged over its positions.
     can_reduce: ClassVar[bool] = True
+    # The dimension of `inputs` along which the positions lie.
+    position_dim: ClassVar[int] = -2
 
     @abstractmethod
     def fits(self, inputs: Tensor, outputs: Tensor, size: int, dim: int) -> bool:
@@ -282,6 +284,7 @@ class EmbeddingLayer(MatrixLayer):
     """
 
     can_reduce: ClassVar[bool] = False
+    position_dim: ClassVar[int] = -1
 
     def fits(self, inputs: Tensor, outputs: Tensor, size: int, dim: int) -> bool:
         """See `MatrixLayer.fits`."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hessops.batch.averaging import Averaging
-from hessops.batch.kronecker import Demotion, FisherType, KfacApprox, KroneckerEstimation
+from hessops.batch.kronecker import FisherType, KfacApprox, KroneckerEstimation
 from hessops.errors import ArgumentError, NonFiniteProductError, StructureError
+from hessops.functional.layerwise import Demotion
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import (
