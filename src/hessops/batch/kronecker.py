@@ -216,7 +216,7 @@ class KroneckerEstimation:
         r"""Sums over positions, columns and points, per point, as one flat tensor.
 
         For each layer :math:`\sum a a^\top`, the number of positions, :math:`\sum b b^\top`; then
-        the exact blocks.
+        the exact blocks. Of symmetric matrices only the lower half means anything.
 
         Raises:
             Demotion: See `verify`.
@@ -225,24 +225,24 @@ class KroneckerEstimation:
         run = CapturedRun(self.objective, batch, self._watched)
         inputs = self._matrices.inputs(run, batch, dims)
         root = self._root(run.output, batch)
-        zeros = [self._zeros(shape) for shape in self.factor_shapes]
-        values = iter(zeros)
+        flat = self._zeros(sum(prod(shape) for shape in self.factor_shapes))
+        values = iter(self.split(flat, self.factor_shapes))
         moments = {name: (next(values), next(values), next(values)) for name in self.layers}
         exact = {name: next(values) for name in self.exact}
         for name, x in inputs.items():
             layer = self.layers[name]
-            moments[name][0].add_(layer.input_moment(self._shared(layer, x, is_output=False)))
+            layer.add_input_moment(moments[name][0], self._shared(layer, x, is_output=False))
             positions = 1 if self._reduces(layer) else x.shape[layer.position_dim]
             moments[name][1].fill_(batch.size * positions)
         for columns, outputs in self._columns(run, root, batch, dims):
             for name in inputs:
                 layer = self.layers[name]
                 shared = self._shared(layer, outputs[name], is_output=True)
-                moments[name][2].add_(layer.output_moment(shared))
+                layer.add_output_moment(moments[name][2], shared)
             for name, block in self.exact.items():
                 for rows in self._rows(block, run, batch, columns, outputs):
                     exact[name].add_(block.moment(rows))
-        return torch.cat([value.reshape(-1) for value in zeros]) / batch.size
+        return flat.div_(batch.size)
 
     def corrections(
         self, batch: Batch, bases: Mapping[str, tuple[Tensor | None, Tensor]]
@@ -266,7 +266,7 @@ class KroneckerEstimation:
         run = CapturedRun(self.objective, batch, modules)
         inputs = self._matrices.inputs(run, batch, dims)
         root = self._root(run.output, batch)
-        totals = {name: self._zeros(layer.form.shape) for name, layer in self.layers.items()}
+        totals = {name: self._zeros(*layer.form.shape) for name, layer in self.layers.items()}
         for _, outputs in self._columns(run, root, batch, dims):
             for name, x in inputs.items():
                 basis = bases[name]
@@ -278,9 +278,9 @@ class KroneckerEstimation:
         parts = torch.split(flat, [prod(shape) for shape in shapes])
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+    def _zeros(self, *shape: int) -> Tensor:
         space = self.objective.space
-        return torch.zeros(shape, dtype=space.dtype, device=space.device)
+        return torch.zeros(*shape, dtype=space.dtype, device=space.device)
 
     def _root(self, output: object, batch: Batch) -> OutputRoot:
         if self.fisher_type == "empirical":

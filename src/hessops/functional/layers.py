@@ -15,6 +15,10 @@ from hessops.space import ParameterSpace
 
 # Memory for the gradients of some points by one matrix in the eigenbasis.
 SQUARES_BYTES = 2**26
+# Columns of a Gram matrix that are computed at once.
+GRAM_BLOCK = 192
+# Memory for the images of inputs, or for the gradients of points, in inner products.
+PRODUCT_BYTES = 2**26
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -117,6 +121,11 @@ class MatrixLayer(ABC):
     # The dimension of `inputs` along which the positions lie.
     position_dim: ClassVar[int] = -2
 
+    def zeros(self, size: int) -> Tensor:
+        """The gradients of points that the layer has no share in, ``(n, P)``."""
+        space = self.form.space
+        return torch.zeros(size, space.size, dtype=space.dtype, device=space.device)
+
     @abstractmethod
     def fits(self, inputs: Tensor, outputs: Tensor, size: int, dim: int) -> bool:
         """Whether the points can lie along dimension `dim` of an input and an output.
@@ -139,17 +148,27 @@ class MatrixLayer(ABC):
         """Gradients ``(k, *output)`` by an output as ``(groups, k, n, positions, outputs)``."""
 
     @abstractmethod
-    def input_moment(self, inputs: Tensor) -> Tensor:
-        r""":math:`\sum_t a_t a_t^\top`, ``(groups, inputs, inputs)``; its diagonal of tokens."""
+    def add_input_moment(self, total: Tensor, inputs: Tensor) -> None:
+        r"""Adds :math:`\sum_t a_t a_t^\top`, the lower half of ``(groups, inputs, inputs)``.
 
-    def output_moment(self, outputs: Tensor) -> Tensor:
-        r""":math:`\sum_t b_t b_t^\top`, ``(groups, outputs, outputs)``."""
-        rows = outputs.flatten(1, 3)
-        return rows.mT @ rows
+        For tokens it is the diagonal, ``(groups, inputs)``.
+        """
+
+    def add_output_moment(self, total: Tensor, outputs: Tensor) -> None:
+        r"""Adds :math:`\sum_t b_t b_t^\top`, the lower half of ``(groups, outputs, outputs)``."""
+        _add_gram(total, outputs.flatten(1, 3))
 
     @abstractmethod
     def gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         r""":math:`\sum_t b_t a_t^\top` of one column, ``(groups, outputs, inputs)``."""
+
+    @abstractmethod
+    def point_gradients(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        r""":math:`\sum_t b_{it} a_{it}^\top` of one column, ``(n, groups, outputs, inputs)``."""
+
+    @abstractmethod
+    def inner_products(self, matrices: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        r"""Those with matrices ``(k, groups, outputs, inputs)``, ``(k, n)``."""
 
     def scale(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         r""":math:`\sum_t \lVert b_t\rVert \lVert a_t\rVert` of one column, above `gradient`."""
@@ -201,14 +220,39 @@ class AffineLayer(MatrixLayer):
         """Gradients ``(N, ...)`` by outputs as ``(groups, N, positions, outputs)``."""
         return tensor.reshape(1, len(tensor), -1, tensor.shape[-1])
 
-    def input_moment(self, inputs: Tensor) -> Tensor:
-        """See `MatrixLayer.input_moment`."""
-        rows = inputs.flatten(1, 2)
-        return rows.mT @ rows
+    def add_input_moment(self, total: Tensor, inputs: Tensor) -> None:
+        """See `MatrixLayer.add_input_moment`."""
+        _add_gram(total, inputs.flatten(1, 2))
 
     def gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """See `MatrixLayer.gradient`."""
         return outputs.flatten(1, 3).mT @ inputs.flatten(1, 2)
+
+    def point_gradients(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.point_gradients`."""
+        return (outputs[:, 0].mT @ inputs).movedim(0, 1)
+
+    def inner_products(self, matrices: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.inner_products`; a single position needs no gradients of points."""
+        k, size, itemsize = len(matrices), inputs.shape[1], inputs.element_size()
+        total = inputs.new_zeros(k, size)
+        if inputs.shape[2] == 1:
+            a, b = inputs[:, :, 0].mT, outputs[:, 0, :, 0].mT  # (groups, inputs or outputs, n)
+            width = b.shape[1]
+            some = max(1, PRODUCT_BYTES // (width * size * itemsize))
+            for group, (a_group, b_group) in enumerate(zip(a, b, strict=True)):
+                for start in range(0, k, some):
+                    part = matrices[start : start + some, group]
+                    images = (part.reshape(-1, part.shape[2]) @ a_group).reshape(-1, width, size)
+                    total[start : start + some] += (images * b_group).sum(dim=1)
+            return total
+        flat = matrices.flatten(1).T
+        some = max(1, PRODUCT_BYTES // (len(flat) * itemsize))
+        for start in range(0, size, some):
+            points = slice(start, start + some)
+            rows = self.point_gradients(inputs[:, points], outputs[:, :, points])
+            total[:, points] = (rows.flatten(1) @ flat).T
+        return total
 
     def squares(
         self, inputs: Tensor, outputs: Tensor, input_basis: Tensor | None, output_basis: Tensor
@@ -225,6 +269,14 @@ class AffineLayer(MatrixLayer):
             # (groups, k, n, outputs, inputs)
             total += (some_b.mT @ some_a.unsqueeze(1)).square_().sum(dim=(1, 2))
         return total
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Adds XᵀX for X ``(groups, m, d)``: of a symmetric matrix little more than one half."""
+    size = rows.shape[2]
+    for start in range(0, size, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, size)
+        total[:, start:stop, :stop].baddbmm_(rows[:, :, start:stop].mT, rows[:, :, :stop])
 
 
 def _pieces(a: Tensor, b: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -306,11 +358,10 @@ class EmbeddingLayer(MatrixLayer):
         moved = tensor.movedim(dim + 1, 1)
         return moved.reshape(1, len(tensor), size, -1, tensor.shape[-1])
 
-    def input_moment(self, inputs: Tensor) -> Tensor:
-        """See `MatrixLayer.input_moment`."""
+    def add_input_moment(self, total: Tensor, inputs: Tensor) -> None:
+        """See `MatrixLayer.add_input_moment`."""
         _, _, vocabulary = self.form.shape
-        counts = torch.bincount(inputs[inputs >= 0].flatten(), minlength=vocabulary)
-        return counts.to(self.form.space.dtype).unsqueeze(0)
+        total += torch.bincount(inputs[inputs >= 0].flatten(), minlength=vocabulary)
 
     def scale(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """See `MatrixLayer.scale`."""
@@ -325,15 +376,35 @@ class EmbeddingLayer(MatrixLayer):
         total = rows.new_zeros(vocabulary, width)
         return total.index_add_(0, inputs.flatten()[known], rows).mT.unsqueeze(0)
 
+    def point_gradients(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.point_gradients`."""
+        _, width, vocabulary = self.form.shape
+        known, keys = self._keys(inputs)
+        rows = outputs.new_zeros(len(inputs) * vocabulary, width)
+        rows.index_add_(0, keys, outputs[0, 0].flatten(0, 1)[known])
+        return rows.reshape(len(inputs), 1, vocabulary, width).mT
+
+    def _keys(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Which positions have a token, and (point, token) there as one number."""
+        size, positions = inputs.shape
+        known = (inputs >= 0).flatten()
+        owners = torch.arange(size, device=inputs.device).repeat_interleave(positions)
+        return known, (owners * self.form.shape[2] + inputs.flatten())[known]
+
+    def inner_products(self, matrices: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.inner_products`; the columns of the tokens are looked up."""
+        gradients = outputs[0, 0].masked_fill((inputs < 0).unsqueeze(2), 0.0)  # (n, positions, d)
+        tokens = inputs.clamp(min=0)
+        return torch.stack(
+            [(matrix[0].T[tokens] * gradients).sum(dim=(1, 2)) for matrix in matrices]
+        )
+
     def squares(
         self, inputs: Tensor, outputs: Tensor, input_basis: Tensor | None, output_basis: Tensor
     ) -> Tensor:
         """See `MatrixLayer.squares`; only the rows of the tokens that occur are made."""
         _, width, vocabulary = self.form.shape
-        size, positions = inputs.shape
-        known = (inputs >= 0).flatten()
-        owners = torch.arange(size, device=inputs.device).repeat_interleave(positions)
-        keys = (owners * vocabulary + inputs.flatten())[known]
+        known, keys = self._keys(inputs)
         pairs, where = torch.unique(keys, return_inverse=True)
         total = outputs.new_zeros(vocabulary, width)
         for column in outputs[0] @ output_basis[0]:

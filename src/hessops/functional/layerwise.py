@@ -12,6 +12,7 @@ from hessops.errors import ModelError
 from hessops.functional.capture import Call, CapturedRun
 from hessops.functional.layers import MatrixLayer, matrix_layer
 from hessops.functional.products import Params
+from hessops.functional.roots import gradient_root
 from hessops.objective import Objective
 from hessops.streaming import Batch
 
@@ -175,6 +176,91 @@ class MatrixLayers:
             for name, layer in self.layers.items()
             if name in gradients
         }
+
+
+@dataclass(frozen=True)
+class PointGradients:
+    r"""The gradients :math:`\nabla\ell_i` of points by the layers of a model, as factors.
+
+    Attributes:
+        layers: Name -> layer, of those that have a share in the losses.
+        inputs: Name -> inputs a; see `MatrixLayer.inputs`.
+        outputs: Name -> gradients b by the outputs of one column; see `MatrixLayer.outputs`.
+        size: n, the number of points.
+
+    Example:
+        >>> import torch
+        >>> from hessops import Batch, Objective
+        >>> from hessops.functional.layerwise import MatrixLayers, PointGradients
+        >>> objective = Objective(torch.nn.Linear(3, 2), torch.nn.MSELoss())
+        >>> batch = Batch.from_raw((torch.zeros(4, 3), torch.ones(4, 2)))
+        >>> found = PointGradients.of(MatrixLayers(objective), batch)
+        >>> found.rows("").shape, found.products("", torch.ones(5, 8)).shape
+        (torch.Size([4, 8]), torch.Size([5, 4]))
+    """
+
+    layers: Mapping[str, MatrixLayer]
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    size: int
+
+    @classmethod
+    def of(cls, matrices: MatrixLayers, batch: Batch) -> PointGradients:
+        """One run forward and one backward, without a gradient by a parameter.
+
+        Raises:
+            ModelError: The model runs otherwise than on some of the points alone.
+        """
+        dims = matrices.verified(batch)
+        if not matrices.layers:
+            return cls({}, {}, {}, batch.size)
+        run = CapturedRun(matrices.objective, batch, matrices.modules)
+        root = gradient_root(matrices.objective, run.output, batch)
+        outputs = matrices.outputs(run.gradients(root.columns(0, 1)), batch, dims)
+        return cls(dict(matrices.layers), matrices.inputs(run, batch, dims), outputs, batch.size)
+
+    def rows(self, name: str) -> Tensor:
+        """The gradients by the parameters of a layer, ``(n, P_layer)``."""
+        layer = self.layers[name]
+        return layer.form.rows(self.matrices(name, slice(0, self.size)))
+
+    def matrices(self, name: str, points: slice) -> Tensor:
+        """The gradients of some points by a layer, ``(m, groups, outputs, inputs)``."""
+        layer = self.layers[name]
+        if name not in self.inputs:
+            return layer.form.matrices(layer.zeros(len(range(self.size)[points])))
+        inputs = self.inputs[name]
+        some = inputs[:, points] if layer.can_reduce else inputs[points]
+        return layer.point_gradients(some, self.outputs[name][:, :, points])
+
+    def products(self, name: str, rows: Tensor) -> Tensor:
+        """Inner products of rows ``(m, P_layer)`` with the gradients by a layer, ``(m, n)``."""
+        return self.inner_products(name, self.layers[name].form.matrices(rows))
+
+    def inner_products(self, name: str, matrices: Tensor) -> Tensor:
+        """As `products`, with matrices ``(m, groups, outputs, inputs)``."""
+        if name not in self.inputs:
+            return matrices.new_zeros(len(matrices), self.size)
+        layer = self.layers[name]
+        return layer.inner_products(matrices, self.inputs[name], self.outputs[name])
+
+    def rotated(self, bases: Mapping[str, tuple[Tensor | None, Tensor]]) -> PointGradients:
+        """The gradients by some layers, in other bases of the inputs and the outputs.
+
+        Args:
+            bases: Name of a layer -> bases; ``None`` leaves the inputs as they are.
+        """
+        inputs, outputs = {}, {}
+        for name, (of_inputs, of_outputs) in bases.items():
+            if name not in self.inputs:
+                continue
+            a, b = self.inputs[name], self.outputs[name]
+            inputs[name] = (
+                a if of_inputs is None else (a.flatten(1, 2) @ of_inputs).reshape(a.shape)
+            )
+            outputs[name] = (b.flatten(1, 3) @ of_outputs).reshape(b.shape)
+        layers = {name: self.layers[name] for name in bases}
+        return PointGradients(layers, inputs, outputs, self.size)
 
 
 def _probing(part: Tensor, is_probed: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Unpack
 
 import torch
@@ -10,14 +10,20 @@ from torch import Tensor, nn
 
 from hessops.batch.kronecker import FisherType, KfacApprox
 from hessops.errors import ArgumentTypeError, StructureError
+from hessops.functional.layers import PRODUCT_BYTES
+from hessops.functional.layerwise import PointGradients
+from hessops.influence.gradients import finite
 from hessops.influence.model import CommonSettings, InfluenceFunctionModel
-from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode
+from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode, checked_mode
+from hessops.isolation import isolated
 from hessops.objective import Objective
 from hessops.operators.base import TensorOperator
 from hessops.operators.damping import BlockRegularization, Regularization
 from hessops.operators.eigen import EigenOperator
 from hessops.operators.kronecker import EkfacOperator, KfacOperator
+from hessops.operators.kronecker_block import KroneckerOperator
 from hessops.point_loss import Loss
+from hessops.streaming import Batch
 
 
 class EkfacInfluence(InfluenceFunctionModel):
@@ -154,6 +160,90 @@ class EkfacInfluence(InfluenceFunctionModel):
             return operator.pseudo_inverse()
         return operator._inverted(regularization)
 
+    # --- in the eigenbases ----------------------------------------------------------------
+
+    def factors_of(self, batch: Batch) -> Tensor:
+        """As `influence_factors`, of a batch that was checked."""
+        fitted = self.fitted
+        gradients, others = self._in_eigenbases(batch)
+        space = fitted.space
+        factors = torch.empty(batch.size, space.size, dtype=space.dtype, device=space.device)
+        with isolated(space.device):
+            for name in gradients.layers:
+                inverse = self._kronecker_inverse(name)
+                for points in _pieces(batch.size, inverse):
+                    images = self._images(gradients, name, points).flatten(1)
+                    factors[points, fitted.positions[name]] = inverse._out_of_basis(images)
+        for name in others:
+            rows = fitted.provider.rows_by(batch, fitted.blocks[name].space.names)
+            factors[:, fitted.positions[name]] = self.inverses[name].apply(rows)
+        return factors
+
+    def influences(
+        self,
+        x_test: object,
+        y_test: object,
+        x: object = None,
+        y: object = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> Tensor:
+        """See `InfluenceFunctionModel.influences`; in mode UP nothing leaves the eigenbases."""
+        if checked_mode(mode, InfluenceMode, "mode") is not InfluenceMode.UP:
+            return super().influences(x_test, y_test, x, y, mode)
+        return torch.stack([*self.influences_by_block(x_test, y_test, x, y).values()]).sum(dim=0)
+
+    def influences_by_block(
+        self,
+        x_test: object,
+        y_test: object,
+        x: object = None,
+        y: object = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> dict[str, Tensor]:
+        """See `InfluenceFunctionModel.influences_by_block`; the blocks are the layers."""
+        if checked_mode(mode, InfluenceMode, "mode") is not InfluenceMode.UP:
+            return super().influences_by_block(x_test, y_test, x, y, mode)
+        fitted = self.fitted
+        test, train = self._pair(x_test, y_test, x, y)
+        of_test, others = self._in_eigenbases(test)
+        of_train = of_test if train is test else self._in_eigenbases(train)[0]
+        scores = {}
+        with isolated(fitted.space.device):
+            for name in of_test.layers:
+                pieces = [
+                    of_train.inner_products(name, self._images(of_test, name, points))
+                    for points in _pieces(test.size, self._kronecker_inverse(name))
+                ]
+                scores[name] = finite(torch.cat(pieces))
+        for name in others:
+            names = fitted.blocks[name].space.names
+            factors = self.inverses[name].apply(fitted.provider.rows_by(test, names))
+            scores[name] = fitted.provider.products_by(train, factors, names)
+        return {name: scores[name] for name in fitted.blocks}
+
+    def _in_eigenbases(self, batch: Batch) -> tuple[PointGradients, list[str]]:
+        """The gradients of points by the layers with Kronecker factors, and all other blocks."""
+        found = self.fitted.provider.by_layer(batch)
+        bases = {}
+        for name, inverse in self.inverses.items():
+            if name in found.layers and isinstance(inverse, KroneckerOperator):
+                bases[name] = (inverse.input_basis, inverse.output_basis)
+        with isolated(self.fitted.space.device):
+            rotated = found.rotated(bases)
+        return rotated, [name for name in self.block_names if name not in bases]
+
+    def _kronecker_inverse(self, name: str) -> KroneckerOperator:
+        inverse = self.inverses[name]
+        assert isinstance(inverse, KroneckerOperator)
+        return inverse
+
+    def _images(self, gradients: PointGradients, name: str, points: slice) -> Tensor:
+        """The factors of points in the eigenbasis of a layer, ``(n, groups, outputs, inputs)``."""
+        inverse = self._kronecker_inverse(name)
+        return gradients.matrices(name, points) * inverse.eigenvalues.reshape(inverse.form.shape)
+
+    # --- by layer -------------------------------------------------------------------------
+
     # --- by layer -------------------------------------------------------------------------
 
     def influence_factors_by_layer(self, x: object, y: object) -> dict[str, Tensor]:
@@ -186,3 +276,10 @@ class EkfacInfluence(InfluenceFunctionModel):
     ) -> dict[BlockRegularization, dict[str, Tensor]]:
         """As `explore_regularization`: value -> name of a module -> ``(n, n)``."""
         return self.explore_regularization(x, y, values)
+
+
+def _pieces(size: int, inverse: KroneckerOperator) -> Iterator[slice]:
+    """Some points at a time, whose gradients by a layer fit."""
+    some = max(1, PRODUCT_BYTES // (inverse.input_size * inverse.dtype.itemsize))
+    for start in range(0, size, some):
+        yield slice(start, min(start + some, size))

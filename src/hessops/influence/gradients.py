@@ -15,6 +15,7 @@ from hessops.functional.gradients import (
     mixed_derivatives,
     vectorised_or_looped,
 )
+from hessops.functional.layerwise import MatrixLayers, PointGradients
 from hessops.functional.memory import RetainedBytes
 from hessops.functional.outputs import LinearizedOutputs
 from hessops.functional.products import (
@@ -68,6 +69,7 @@ class GradientProvider:
         self.objective = objective
         self._per_sample = PerSampleGradients()
         self._stacked_gradient = StackedGradient()
+        self._matrices = MatrixLayers(objective)
         self._seen = SeenBatches()
 
     @property
@@ -125,7 +127,45 @@ class GradientProvider:
             ModelError: The gradients do not add up to that of the batch.
         """
         with self._state("the points' gradients"):
-            return _finite(self._per_sample.verified(self.objective, batch))
+            found = PointGradients.of(self._matrices, batch)
+            if not found.layers:
+                return finite(self._per_sample.verified(self.objective, batch))
+            space = self.space
+            rows = torch.empty(batch.size, space.size, dtype=space.dtype, device=space.device)
+            parts = [(layer.form.space, found.rows(name)) for name, layer in found.layers.items()]
+            others = self._others(found)
+            if others:
+                fewer = self.objective.restricted(others)
+                parts.append((fewer.space, self._per_sample.verified(fewer, batch)))
+            for part, some in parts:
+                for key, values in part.unflatten(some).items():
+                    rows[:, space.slices[key]] = values.flatten(1)
+            return finite(rows)
+
+    def by_layer(self, batch: Batch) -> PointGradients:
+        """The gradients by the layers that apply a matrix, as their factors.
+
+        Args:
+            batch: n points that were checked.
+        """
+        with self._state("the points' gradients"):
+            return PointGradients.of(self._matrices, batch)
+
+    def rows_by(self, batch: Batch, names: Iterable[str]) -> Tensor:
+        """As `rows`, by some of the parameters only, in the order of the space.
+
+        Raises:
+            ParameterNameError: A name that is not in `space`, or none.
+            ModelError: As of `rows`.
+        """
+        fewer = self.objective.restricted(names)
+        with self._state("the points' gradients"):
+            return finite(self._per_sample.verified(fewer, batch))
+
+    def _others(self, found: PointGradients) -> list[str]:
+        """The parameters that no layer is known to apply as a matrix."""
+        covered = {name for layer in found.layers.values() for name in layer.form.space.names}
+        return [name for name in self.space.names if name not in covered]
 
     def mixed_grads(self, x: Tensor, y: object) -> Stack:
         r""":math:`\nabla_x \nabla_\theta \ell_i`, ``{name: (n, *x.shape[1:], *shape)}``.
@@ -144,7 +184,7 @@ class GradientProvider:
                     self.objective, self.objective.params, batch, vectorize=vectorize
                 )
             )
-            return {name: _finite(mixed[name].detach()) for name in self.space.names}
+            return {name: finite(mixed[name].detach()) for name in self.space.names}
 
     def flat_mixed_grads(self, x: Tensor, y: object) -> Tensor:
         """As `mixed_grads`, ``(n, *x.shape[1:], P)``."""
@@ -157,9 +197,11 @@ class GradientProvider:
     def jacobian_prod(self, x: object, y: object, g: Tensor) -> Tensor:
         r"""Entry (j, i) is :math:`\langle G_j, \nabla_\theta \ell_i\rangle`, ``(m, n)``.
 
-        Without per-sample gradients: with :math:`J_i` the Jacobian of the output of point i and
-        :math:`r_i` the gradient of its loss by that, it is :math:`\langle J_i G_j, r_i\rangle`, and
-        products with J are two backward passes.
+        For layers that apply a matrix M, from their inputs a and the gradients b by their outputs
+        alone: :math:`b_i^\top M_j a_i` at every position. For other parameters without per-sample
+        gradients too: with :math:`J_i` the Jacobian of the output of point i and :math:`r_i` the
+        gradient of its loss by that, it is :math:`\langle J_i G_j, r_i\rangle`, and products with J
+        are two backward passes.
 
         Args:
             x: Inputs of n points.
@@ -181,7 +223,25 @@ class GradientProvider:
         self, batch: Batch, g: Tensor, blocks: Iterable[ParameterSpace]
     ) -> dict[tuple[str, ...], Tensor]:
         """As `products`, by blocks of parameters: names of the block -> ``(m, n)``."""
-        return self._by_block(batch, g, blocks, _Scores)
+        blocks = list(blocks)
+        with self._state(_Scores.what):
+            found = PointGradients.of(self._matrices, batch)
+        if not found.layers or len(g) == 0:
+            return self._by_block(batch, g, blocks, _Scores)
+        stack = self.space.unflatten(g)
+        others = set(self._others(found))
+        results = {}
+        for block in blocks:
+            total = g.new_zeros(len(g), batch.size)
+            for name, layer in found.layers.items():
+                if any(key in block.shapes for key in layer.form.space.names):
+                    total += found.products(name, _within(block, stack, layer.form.space))
+            rest = [key for key in block.names if key in others]
+            if rest:
+                (part,) = self._by_block(batch, g, [block.subspace(rest)], _Scores).values()
+                total += part
+            results[block.names] = finite(total)
+        return results
 
     def mixed_jacobian_prod(self, x: Tensor, y: object, g: Tensor) -> Tensor:
         r"""Entry (j, i) is :math:`\nabla_x \langle G_j, \nabla_\theta \ell_i\rangle`.
@@ -222,7 +282,27 @@ class GradientProvider:
         blocks: Iterable[ParameterSpace],
         kind: type[_Scores] | type[_MixedScores],
     ) -> dict[tuple[str, ...], Tensor]:
-        stack = self.space.unflatten(g)
+        return self._stacked_by_block(batch, self.space.unflatten(g), blocks, kind)
+
+    def products_by(self, batch: Batch, rows: Tensor, names: Iterable[str]) -> Tensor:
+        """As `products`, with rows ``(m, p)`` of some of the parameters, in the order of the space.
+
+        Raises:
+            ParameterNameError: A name that is not in `space`, or none.
+        """
+        block = self.space.subspace(names)
+        stack = block.unflatten(rows)
+        (product,) = self._stacked_by_block(batch, stack, [block], _Scores).values()
+        return product
+
+    def _stacked_by_block(
+        self,
+        batch: Batch,
+        stack: Stack,
+        blocks: Iterable[ParameterSpace],
+        kind: type[_Scores] | type[_MixedScores],
+    ) -> dict[tuple[str, ...], Tensor]:
+        count = len(next(iter(stack.values())))
         retained = RetainedBytes()
         with self._state(kind.what):
             with retained.counting():
@@ -233,10 +313,10 @@ class GradientProvider:
                 part = {name: stack[name] for name in block.names}
                 pieces = [
                     scores({name: t[start : start + chunk] for name, t in part.items()})
-                    for start in range(0, len(g), chunk)
+                    for start in range(0, count, chunk)
                 ]
                 empty = scores.empty()
-                results[block.names] = _finite(torch.cat(pieces) if pieces else empty)
+                results[block.names] = finite(torch.cat(pieces) if pieces else empty)
             return results
 
     def _checked_factors(self, g: Tensor) -> Tensor:
@@ -294,6 +374,15 @@ class _MixedScores:
         return self._x.detach().new_zeros(0, *self._x.shape)
 
 
+def _within(block: ParameterSpace, stack: Stack, space: ParameterSpace) -> Tensor:
+    """Rows of a space from a stack, zero for the parameters that are not in a block."""
+    parts = [
+        stack[name] if name in block.shapes else torch.zeros_like(stack[name])
+        for name in space.names
+    ]
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
 def checked_factors(factors: object, space: ParameterSpace, name: str) -> Tensor:
     """Flat factors ``(m, P)`` on the device of the space, also from a dictionary of stacks.
 
@@ -327,7 +416,12 @@ def require_floating(x: object) -> Tensor:
     return x
 
 
-def _finite(result: Tensor) -> Tensor:
+def finite(result: Tensor) -> Tensor:
+    """A result itself.
+
+    Raises:
+        NonFiniteProductError: It holds NaN or infinity.
+    """
     if not result.isfinite().all():
         raise NonFiniteProductError(
             "a derivative of a point's loss is NaN or infinite; check the scale of parameters and "

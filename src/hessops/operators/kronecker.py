@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hessops.batch.averaging import Averaging
-from hessops.batch.kronecker import FisherType, KfacApprox, KroneckerEstimation
+from hessops.batch.kronecker import ExactBlock, FisherType, KfacApprox, KroneckerEstimation
 from hessops.errors import ArgumentError, NonFiniteProductError, StructureError
+from hessops.functional.layers import MatrixLayer
 from hessops.functional.layerwise import Demotion
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
@@ -33,7 +34,7 @@ from hessops.operators.kronecker_file import save_factors
 from hessops.point_loss import Loss, Reduction
 from hessops.randomness import resolved_generator
 from hessops.space import RestrictTo
-from hessops.streaming import Unpack
+from hessops.streaming import Batch, Unpack
 from hessops.validation import (
     checked_count,
     require_single_or_double,
@@ -190,8 +191,7 @@ class KfacOperator(BlockEigenOperator):
         while True:
             try:
                 flat = curvature.averaging.reduce(
-                    (estimation.factors(batch), batch.size)
-                    for batch in curvature.checked_batches(curvature.stream)
+                    (estimation.factors(batch), batch.size) for batch in self._checked_batches()
                 )
                 break
             except Demotion:
@@ -212,51 +212,46 @@ class KfacOperator(BlockEigenOperator):
             )
         return statistics
 
+    def _checked_batches(self) -> Iterator[Batch]:
+        """One pass over the data; `curvature` checks in its own first pass what it needs more."""
+        objective = self.curvature.objective
+        assert objective is not None
+        for batch in self.curvature.stream:
+            objective.check(batch)
+            yield batch
+
     def _decomposed(
         self, estimation: KroneckerEstimation, statistics: Sequence[Tensor]
     ) -> dict[str, EigenOperator]:
         """The blocks, by name of the module; the largest are decomposed first."""
         values = iter(statistics)
-        factors: dict[tuple[str, str], Tensor] = {}
+        moments: dict[tuple[str, str], Tensor] = {}
         for name in estimation.layers:
             a, positions, b = next(values), next(values), next(values)
-            factors[name, "A"] = a / positions if positions else a
-            factors[name, "B"] = b
-        exact = {name: next(values) for name in estimation.exact}
-        factors |= {(name, "exact"): m for name, m in exact.items() if m.ndim == 2}
-        pairs = {key: self._eigh(m) for key, m in self._with_progress(factors)}
-        blocks: dict[str, EigenOperator] = {}
-        for name, layer in estimation.layers.items():
-            (of_inputs, input_basis), (of_outputs, output_basis) = (
-                pairs[name, "A"],
-                pairs[name, "B"],
+            moments[name, "A"] = a / positions if positions else a
+            moments[name, "B"] = b
+        moments |= {(name, "exact"): next(values) for name in estimation.exact}
+        is_matrix = {
+            (name, kind): kind == "B"
+            or (
+                estimation.layers[name].can_reduce
+                if kind == "A"
+                else estimation.exact[name].is_dense
             )
-            assert output_basis is not None
-            shared = "" if self.kfac_approx == "expand" or layer.can_reduce else ", expand"
-            groups, outputs, inputs = layer.form.shape
-            size = f"{groups} x " if groups > 1 else ""
-            blocks[name] = KroneckerOperator(
-                layer.form,
-                of_outputs.unsqueeze(2) * of_inputs.unsqueeze(1),
-                output_basis,
-                input_basis,
-                factor_eigenvalues=(of_outputs, of_inputs),
-                label=f"Kronecker({name!r}, {type(layer.module).__name__}, "
-                f"{size}{outputs} x {inputs}{shared})",
-            )
+            for name, kind in moments
+        }
+        pairs: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {
+            key: (moment, None) for key, moment in moments.items() if not is_matrix[key]
+        }
+        matrices = {key: moment for key, moment in moments.items() if is_matrix[key]}
+        for key, matrix in self._with_progress(matrices):
+            pairs[key] = self._eigh(matrix)
+        blocks: dict[str, EigenOperator] = {
+            name: self._kronecker_block(layer, *pairs[name, "A"], *pairs[name, "B"])
+            for name, layer in estimation.layers.items()
+        }
         for name, block in estimation.exact.items():
-            if block.is_dense:
-                eigenvalues, basis = pairs[name, "exact"]
-                assert basis is not None
-                blocks[name] = DenseEigenOperator(
-                    eigenvalues, basis, space=block.space, label=f"Exact({name!r}, {block.kind})"
-                )
-            else:
-                blocks[name] = DiagonalEigenOperator(
-                    exact[name],
-                    space=block.space,
-                    label=f"ExactDiagonal({name!r}, {block.kind})",
-                )
+            blocks[name] = _exact_block(block, *pairs[name, "exact"])
         # In the order of the parameters.
         starts = self.curvature.space.slices
         firsts = {name: next(iter(b.input_dict_structure)) for name, b in blocks.items()}
@@ -264,10 +259,32 @@ class KfacOperator(BlockEigenOperator):
             name: blocks[name] for name in sorted(blocks, key=lambda n: starts[firsts[n]].start)
         }
 
+    def _kronecker_block(
+        self,
+        layer: MatrixLayer,
+        of_inputs: Tensor,
+        input_basis: Tensor | None,
+        of_outputs: Tensor,
+        output_basis: Tensor | None,
+    ) -> KroneckerOperator:
+        assert output_basis is not None
+        groups, outputs, inputs = layer.form.shape
+        kind = type(layer.module).__name__
+        size = f"{groups} x {outputs} x {inputs}" if groups > 1 else f"{outputs} x {inputs}"
+        shared = "" if self.kfac_approx == "expand" or layer.can_reduce else ", expand"
+        return KroneckerOperator(
+            layer.form,
+            of_outputs.unsqueeze(2) * of_inputs.unsqueeze(1),
+            output_basis,
+            input_basis,
+            factor_eigenvalues=(of_outputs, of_inputs),
+            label=f"Kronecker({layer.name!r}, {kind}, {size}{shared})",
+        )
+
     def _with_progress(
-        self, factors: Mapping[tuple[str, str], Tensor]
+        self, matrices: Mapping[tuple[str, str], Tensor]
     ) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        ordered = sorted(factors.items(), key=lambda item: -item[1].shape[-1])
+        ordered = sorted(matrices.items(), key=lambda item: -item[1].shape[-1])
         if not self._progress:
             yield from ordered
             return
@@ -276,13 +293,10 @@ class KfacOperator(BlockEigenOperator):
                 bar.set_postfix_str(f"{key[0]} {key[1]}, {matrix.shape[-1]}")
                 yield key, matrix
 
-    def _eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Eigenvalues, without the negative ones of rounding, and eigenvectors, if not I."""
-        is_diagonal_of_groups = matrix.ndim == 2 and len(matrix) == 1 and matrix.shape[1] > 1
-        if is_diagonal_of_groups:
-            return matrix, None
+    def _eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, without the negative ones of rounding, and eigenvectors."""
         wide = matrix.to(self._eigh_dtype or matrix.dtype)
-        values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
+        values, vectors = torch.linalg.eigh(wide, UPLO="L")
         return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)
 
     def _corrected(
@@ -296,8 +310,7 @@ class KfacOperator(BlockEigenOperator):
             assert isinstance(block, KroneckerOperator)
             bases[name] = (block.input_basis, block.output_basis)
         flat = curvature.averaging.reduce(
-            (estimation.corrections(batch, bases), batch.size)
-            for batch in curvature.checked_batches(curvature.stream)
+            (estimation.corrections(batch, bases), batch.size) for batch in curvature.stream
         )
         shapes = [(blocks[name].input_size,) for name in estimation.layers]
         corrected = dict(zip(estimation.layers, estimation.split(flat, shapes), strict=True))
@@ -344,6 +357,14 @@ class KfacOperator(BlockEigenOperator):
     def _label(self) -> str:
         shared = "" if self.kfac_approx == "expand" else f", {self.kfac_approx}"
         return f"{type(self).__name__}({self.fisher_type}{shared})"
+
+
+def _exact_block(block: ExactBlock, eigenvalues: Tensor, basis: Tensor | None) -> EigenOperator:
+    if basis is None:
+        label = f"ExactDiagonal({block.name!r}, {block.kind})"
+        return DiagonalEigenOperator(eigenvalues, space=block.space, label=label)
+    label = f"Exact({block.name!r}, {block.kind})"
+    return DenseEigenOperator(eigenvalues, basis, space=block.space, label=label)
 
 
 class EkfacOperator(KfacOperator):
