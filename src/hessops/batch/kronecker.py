@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Literal
 
@@ -47,6 +48,7 @@ class ExactBlock:
         is_dense: Whether the whole block is computed.
         module: The module, where the gradients of points follow from its input and the gradients by
             its output; ``None`` where they need the whole model.
+        vectorize: Whether several points are tried at once.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ExactBlock:
     space: ParameterSpace
     is_dense: bool
     module: nn.Module | None = None
+    vectorize: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,54 +154,61 @@ class KroneckerEstimation:
 
     # --- is a layer what it is taken for? -------------------------------------------------
 
-    def verify(self, batch: Batch) -> dict[str, list[int]]:
-        """Checks some points of a batch; where the points lie in each call of each layer.
+    def verify(self, run: CapturedRun, batch: Batch) -> dict[str, list[int]]:
+        """Checks what is said of layers and modules; where the points lie in each call of a layer.
 
         Raises:
             Demotion: A layer or module is none of the kind it was taken for: begin anew.
             ModelError: The gradients of the points alone do not add up to that of the batch.
         """
-        probe = self._matrices.probe(batch, self._watched)
+        probe = Probe.of(run, batch)
         try:
             dims = self._matrices.dims(probe)
         except Demotion:
             self._arrange()
             raise
         for name, block in self.exact.items():
-            if block.module is not None and not self._is_verified(block, probe):
-                self.exact[name] = replace(block, module=None)
-                self._demoted.add(name)
+            if not self._is_verified(block, probe, batch):
+                self.exact[name] = self._demoted_block(block, batch)
                 raise Demotion
-            if block.module is None:
-                self._require_sum(block, probe, batch)
         return dims
 
-    def _is_verified(self, block: ExactBlock, probe: Probe) -> bool:
-        """Whether the gradients of the points follow from one call of the module."""
-        calls, wanted = probe.run.calls.get(block.name, []), _gradient_of(block, probe)
-        if not calls:
-            return not wanted.any()
-        call = calls[0]
-        if len(calls) > 1 or call is None or not _lie_first(call, probe.points.size):
-            return False
-        (gradients,) = probe.gradients[block.name]
-        try:
-            rows = torch.cat(list(self._module_rows(block, call, gradients)))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # a module that takes no single point; the whole model may
-            return False
+    def _is_verified(self, block: ExactBlock, probe: Probe, batch: Batch) -> bool:
+        """Whether the gradients of the points add up, and follow from the call of the module."""
+        wanted = block.space.flatten({name: probe.expected[name] for name in block.space.names})
+        columns = [weight.unsqueeze(0) for weight in probe.weights]
+        if block.module is None:
+            rows = torch.cat(list(self._model_rows(block, batch, columns)))
+        else:
+            calls = probe.run.calls.get(block.name, [])
+            if not calls:
+                return not wanted.any()
+            call = calls[0]
+            if len(calls) > 1 or call is None or not _lie_first(call, batch.size):
+                return False
+            (first,), (second,) = probe.first[block.name], probe.second[block.name]
+            if not probe.owned(first.reshape(batch.size, 1, -1), second.reshape(batch.size, 1, -1)):
+                return False
+            try:
+                rows = torch.cat(list(self._module_rows(block, call, first.unsqueeze(0))))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # a module that takes no single point; the whole model may
+                return False
         return probe.agrees(rows.sum(dim=0), wanted, rows.norm(dim=1).sum())
 
-    def _require_sum(self, block: ExactBlock, probe: Probe, batch: Batch) -> None:
-        columns = [column.unsqueeze(0) for column in probe.columns]
-        rows = torch.cat(list(self._model_rows(block, probe.points, columns)))
-        if not probe.agrees(rows.sum(dim=0), _gradient_of(block, probe), rows.norm(dim=1).sum()):
-            raise ModelError(
-                f"batch {batch.position}: the gradients of the points alone by the parameters of "
-                f"module {block.name!r} do not add up to the gradient of their sum, so that the "
-                "model is not a function of one point at a time"
-            )
+    def _demoted_block(self, block: ExactBlock, batch: Batch) -> ExactBlock:
+        """The next way to the gradients of the points: a loop, the whole model, and a loop."""
+        if block.vectorize:
+            return replace(block, vectorize=False)
+        if block.module is not None:
+            self._demoted.add(block.name)
+            return replace(block, module=None, vectorize=True)
+        raise ModelError(
+            f"batch {batch.position}: the gradients of the points alone by the parameters of "
+            f"module {block.name!r} do not add up to the gradient of their sum, so that the "
+            "model is not a function of one point at a time"
+        )
 
     # --- statistics of a batch ------------------------------------------------------------
 
@@ -221,8 +231,8 @@ class KroneckerEstimation:
         Raises:
             Demotion: See `verify`.
         """
-        dims = self.verify(batch)
         run = CapturedRun(self.objective, batch, self._watched)
+        dims = self.verify(run, batch)
         inputs = self._matrices.inputs(run, batch, dims)
         root = self._root(run.output, batch)
         flat = self._zeros(sum(prod(shape) for shape in self.factor_shapes))
@@ -256,14 +266,13 @@ class KroneckerEstimation:
         Raises:
             ModelError: A layer is none of the kind it was taken for, and was in the first pass.
         """
+        run = CapturedRun(self.objective, batch, self._matrices.modules)
         try:
-            dims = self.verify(batch)
+            dims = self._matrices.dims(Probe.of(run, batch), sums=False)
         except Demotion:
             raise ModelError(
                 f"batch {batch.position}: the model runs otherwise than in the first pass"
             ) from None
-        modules = {name: layer.module for name, layer in self.layers.items()}
-        run = CapturedRun(self.objective, batch, modules)
         inputs = self._matrices.inputs(run, batch, dims)
         root = self._root(run.output, batch)
         totals = {name: self._zeros(*layer.form.shape) for name, layer in self.layers.items()}
@@ -361,9 +370,8 @@ class KroneckerEstimation:
         )
         for start in range(0, points.size, size):
             some = points.rows(slice(start, start + size), min(size, points.size - start))
-            stack = vectorised_or_looped(
-                lambda vectorize, some=some: _pulled_back(output, params, some, vectorize)  # type: ignore[misc]  # bound now
-            )
+            pull = partial(_pulled_back, output, params, some)
+            stack = vectorised_or_looped(pull) if block.vectorize else pull(False)
             parts = [stack[name].flatten(0, 1).flatten(1) for name in block.space.names]
             yield torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
 
@@ -394,11 +402,6 @@ def _pulled_back(output: OutputMap, params: Params, points: Batch, vectorize: bo
         for name, gradient in zip(leaves, gradients, strict=True):
             found[name].append(gradient)
     return {name: torch.stack(rows) for name, rows in found.items()}
-
-
-def _gradient_of(block: ExactBlock, probe: Probe) -> Tensor:
-    """The gradient by the parameters of a block, of the weights of a probe."""
-    return block.space.flatten({name: probe.expected[name] for name in block.space.names})
 
 
 def _lie_first(call: Call, size: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hessops.errors import ModelError
 from hessops.functional.products import Params, StackedGradient, differentiable
+from hessops.isolation import is_transformed
 from hessops.nested import differentiable_leaves
 from hessops.objective import Objective
 from hessops.streaming import Batch
@@ -35,6 +36,7 @@ class _Recorder:
 
     copies: bool
     calls: dict[str, list[Call | None]] = field(default_factory=dict)
+    without_graph: set[str] = field(default_factory=set)
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     is_open: bool = True
 
@@ -45,15 +47,17 @@ class _Recorder:
             if not self.is_open:  # a checkpoint that recomputes what it did not keep
                 return None
             given = [*args, *kwargs.values()]
-            calls = self.calls.setdefault(name, [])
-            if len(given) != 1 or not isinstance(given[0], Tensor):
-                calls.append(None)
+            mapped = len(given) == 1 and isinstance(given[0], Tensor)
+            if not mapped or not isinstance(output, Tensor) or is_transformed(output):
+                self.calls.setdefault(name, []).append(None)
                 return None
-            if not isinstance(output, Tensor):
-                calls.append(None)
+            if not output.requires_grad:
+                self.without_graph.add(name)
                 return None
+            assert isinstance(given[0], Tensor)
             x = given[0].detach()
-            calls.append(Call(x.clone() if self.copies else x, output))
+            call = Call(x.clone() if self.copies else x, output)
+            self.calls.setdefault(name, []).append(call)
             if self.copies:
                 return output.clone()
             self.versions += [(x, x._version), (output, output._version)]
@@ -79,11 +83,11 @@ class CapturedRun:
     Attributes:
         output: The model's output, with its graph.
         leaves: The parameters that it leads to.
-        calls: Name -> calls, in their order; ``None`` for one that did not map a tensor to a
-            tensor.
+        calls: Name -> calls with a graph, in their order; ``None`` for one that did not map a
+            tensor to a tensor.
 
     Raises:
-        ModelError: A module inside a checkpoint that hides its graph.
+        ModelError: A module that has no call with a graph (a checkpoint that hides it).
 
     Example:
         >>> import torch
@@ -112,13 +116,14 @@ class CapturedRun:
             recorder = _Recorder(copies=True)
             self.output = self._run(objective, batch, modules, recorder)
         self.calls = recorder.calls
-        for name, calls in self.calls.items():
-            if any(call is not None and not call.output.requires_grad for call in calls):
-                raise ModelError(
-                    f"the output of module {name!r} has no graph (a checkpoint with "
-                    "use_reentrant=True, or torch.no_grad inside the model?), so that its "
-                    "gradients cannot be followed; use use_reentrant=False"
-                )
+        # A call without a graph beside others has no gradient; one of its own is a hidden one.
+        hidden = sorted(recorder.without_graph - set(recorder.calls))
+        if hidden:
+            raise ModelError(
+                f"the outputs of the modules {hidden} have no graph (a checkpoint with "
+                "use_reentrant=True, or torch.no_grad inside the model?), so that gradients "
+                "cannot be followed; use use_reentrant=False, or freeze their parameters"
+            )
 
     def _run(
         self,
@@ -145,6 +150,8 @@ class CapturedRun:
             stacked_gradient: Reused between calls, it remembers whether vectorising works.
         """
         gradient_of = stacked_gradient or StackedGradient()
+        # A model may compute its outputs in another dtype.
+        columns = [column.to(part) for column, part in zip(columns, self.parts, strict=True)]
         known = [(name, c) for name, calls in self.calls.items() for c in calls if c is not None]
         if not known:
             return {}
@@ -154,12 +161,25 @@ class CapturedRun:
             by_name.setdefault(name, []).append(gradient)
         return by_name
 
-    def parameter_gradients(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Gradients by the parameters, ``{name: shape}``, for a weight ``(*output)`` per output."""
-        found = StackedGradient()(
-            self.parts, list(self.leaves.values()), [weight.unsqueeze(0) for weight in weights]
-        )
-        return {name: g[0] for name, g in zip(self.leaves, found, strict=True)}
+    def followed(
+        self, weights: Sequence[Tensor]
+    ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+        """Gradients by the outputs of the calls and by the parameters, in one backward pass.
+
+        Args:
+            weights: One tensor ``(*output)`` per output of the model.
+
+        Returns:
+            Name of a module -> ``(*output)`` for each call; name of a parameter -> its shape.
+        """
+        known = [(name, c) for name, calls in self.calls.items() for c in calls if c is not None]
+        inputs = [*(call.output for _, call in known), *self.leaves.values()]
+        columns = [weight.unsqueeze(0) for weight in weights]
+        found = [g[0] for g in StackedGradient()(self.parts, inputs, columns)]
+        by_name: dict[str, list[Tensor]] = {}
+        for (name, _), gradient in zip(known, found[: len(known)], strict=True):
+            by_name.setdefault(name, []).append(gradient)
+        return by_name, dict(zip(self.leaves, found[len(known) :], strict=True))
 
 
 @contextmanager

@@ -159,8 +159,8 @@ class MatrixLayer(ABC):
         _add_gram(total, outputs.flatten(1, 3))
 
     @abstractmethod
-    def gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        r""":math:`\sum_t b_t a_t^\top` of one column, ``(groups, outputs, inputs)``."""
+    def gradient_times(self, vector: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        r""":math:`\sum_t b_t\, a_t^\top v` of one column, ``(groups, outputs)``."""
 
     @abstractmethod
     def point_gradients(self, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class MatrixLayer(ABC):
         r"""Those with matrices ``(k, groups, outputs, inputs)``, ``(k, n)``."""
 
     def scale(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        r""":math:`\sum_t \lVert b_t\rVert \lVert a_t\rVert` of one column, above `gradient`."""
+        r""":math:`\sum_t \lVert b_t\rVert \lVert a_t\rVert` of one column."""
         sizes: Tensor = outputs.norm(dim=-1).sum(dim=1) * inputs.norm(dim=-1)
         return sizes.sum()
 
@@ -224,9 +224,10 @@ class AffineLayer(MatrixLayer):
         """See `MatrixLayer.add_input_moment`."""
         _add_gram(total, inputs.flatten(1, 2))
 
-    def gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """See `MatrixLayer.gradient`."""
-        return outputs.flatten(1, 3).mT @ inputs.flatten(1, 2)
+    def gradient_times(self, vector: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.gradient_times`."""
+        along = inputs.flatten(1, 2) @ vector
+        return (outputs.flatten(1, 3).mT @ along.unsqueeze(2)).squeeze(2)
 
     def point_gradients(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """See `MatrixLayer.point_gradients`."""
@@ -368,13 +369,10 @@ class EmbeddingLayer(MatrixLayer):
         sizes: Tensor = outputs.norm(dim=-1)
         return sizes.sum()
 
-    def gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """See `MatrixLayer.gradient`."""
-        _, width, vocabulary = self.form.shape
-        known = inputs.flatten() >= 0
-        rows = outputs.flatten(1, 3)[0][known]
-        total = rows.new_zeros(vocabulary, width)
-        return total.index_add_(0, inputs.flatten()[known], rows).mT.unsqueeze(0)
+    def gradient_times(self, vector: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.gradient_times`."""
+        along = vector[inputs.clamp(min=0)].masked_fill(inputs < 0, 0.0)
+        return (outputs[0, 0] * along.unsqueeze(2)).sum(dim=(0, 1)).unsqueeze(0)
 
     def point_gradients(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """See `MatrixLayer.point_gradients`."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hessops.errors import ModelError
 from hessops.functional.capture import Call, CapturedRun
 from hessops.functional.layers import MatrixLayer, matrix_layer
 from hessops.functional.products import Params
@@ -16,9 +15,12 @@ from hessops.functional.roots import gradient_root
 from hessops.objective import Objective
 from hessops.streaming import Batch
 
-# Points of a batch on which it is verified that layers are what they are taken for.
-VERIFIED_POINTS = 8
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
+# How far sums of the same terms may be apart, in units of rounding of their total size.
+SUM_TOLERANCE = 1e3
+# How far the gradient of a point with other weights may be from a multiple of what it was.
+_OWNER_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
+# Multiples ±2^k of the weights, by which points are told apart: exact in floating point.
+NUM_MULTIPLES = 32
 
 
 class Demotion(Exception):  # not an error: what was begun begins anew
@@ -27,41 +29,70 @@ class Demotion(Exception):  # not an error: what was begun begins anew
 
 @dataclass(frozen=True)
 class Probe:
-    """A run on some points of a batch, followed back from random weights of half of the outputs.
+    r"""A run followed back from random weights of the outputs, and from multiples of them.
+
+    The weights of the outputs of point i are multiplied by :math:`c_i`. Backward passes are linear:
+    a gradient that belongs to point i alone is multiplied by the same number.
 
     Attributes:
-        points: The points.
         run: The run.
-        columns: The weights of the outputs, zero for the points `others`.
-        gradients: Those by the outputs of the calls of each module.
-        expected: Those by the parameters.
-        others: Positions of the points without weight.
+        size: n, the number of points.
+        weights: The weights of the outputs.
+        multiples: c, ``(n,)``.
+        first: The gradients by the outputs of the calls of each module.
+        second: Those of the multiplied weights.
+        expected: The gradients by the parameters of the first weights.
     """
 
-    points: Batch
     run: CapturedRun
-    columns: list[Tensor]
-    gradients: Mapping[str, list[Tensor]]
+    size: int
+    weights: list[Tensor]
+    multiples: Tensor
+    first: Mapping[str, list[Tensor]]
+    second: Mapping[str, list[Tensor]]
     expected: Params
-    others: Tensor
+
+    @classmethod
+    def of(cls, run: CapturedRun, batch: Batch) -> Probe:
+        """Two backward passes, one of them to the parameters."""
+        generator = torch.Generator().manual_seed(batch.position)
+        kinds = torch.randperm(batch.size, generator=generator) % NUM_MULTIPLES
+        multiples = torch.where(kinds % 2 == 0, 1.0, -1.0) * 2.0 ** (kinds // 2)
+        weights, multiplied = [], []
+        for part in run.parts:
+            drawn = torch.randn(part.shape, generator=generator, dtype=torch.float64)
+            weights.append(drawn.to(part))
+            by_point = multiples.to(part).reshape(-1, *[1] * (part.ndim - 1))
+            multiplied.append((weights[-1] * by_point).unsqueeze(0))
+        first, expected = run.followed(weights)
+        second = {
+            name: [gradient[0] for gradient in gradients]
+            for name, gradients in run.gradients(multiplied).items()
+        }
+        return cls(run, batch.size, weights, multiples, first, second, expected)
+
+    def owned(self, first: Tensor, second: Tensor) -> bool:
+        """Whether rows ``(n, ..., width)`` of gradients belong to the points in their order."""
+        by_point = self.multiples.to(first).reshape(-1, *[1] * (first.ndim - 1))
+        sizes = second.norm(dim=-1)
+        distances = (second - by_point * first).norm(dim=-1)
+        relative = _OWNER_TOLERANCES.get(first.dtype, 5e-2)
+        rounding = 10 * torch.finfo(first.dtype).eps * sizes.max() if sizes.numel() else 0.0
+        return bool((distances <= relative * sizes + rounding).all())
 
     def agrees(self, total: Tensor, wanted: Tensor, scale: Tensor) -> bool:
         """Whether a sum over points is a gradient, up to rounding of terms of this total size."""
-        return bool((total - wanted).norm() <= tolerance(total.dtype) * scale)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far the sum of gradients may be from the gradient of the sum, relatively."""
-    return _TOLERANCES.get(dtype, 5e-2)
+        precision = SUM_TOLERANCE * torch.finfo(total.dtype).eps
+        return bool((total - wanted).norm() <= precision * scale)
 
 
 class MatrixLayers:
     r"""The layers of a model that apply a matrix, each verified to be what it seems.
 
-    On some points of every batch it is verified that :math:`\sum_t b_t a_t^\top` is the gradient by
-    a layer, and that the rows of its output belong to the points they are attributed to. A layer
-    that fails (its weight is used elsewhere too, it is called with other arguments, a hook changes
-    its output) is one no more.
+    On every batch it is verified that :math:`\sum_t b_t a_t^\top` is the gradient by a layer, for
+    random weights of the outputs, and that each row of its output belongs to the point that it is
+    attributed to (`Probe`). A layer that fails (its weight is used elsewhere too, it is called with
+    other arguments, a hook changes its output) is one no more.
 
     Args:
         objective: Model and loss.
@@ -72,10 +103,13 @@ class MatrixLayers:
     Example:
         >>> import torch
         >>> from hessops import Batch, Objective
-        >>> from hessops.functional.layerwise import MatrixLayers
+        >>> from hessops.functional.capture import CapturedRun
+        >>> from hessops.functional.layerwise import MatrixLayers, Probe
         >>> objective = Objective(torch.nn.Linear(3, 2), torch.nn.MSELoss())
         >>> batch = Batch.from_raw((torch.zeros(4, 3), torch.ones(4, 2)))
-        >>> MatrixLayers(objective).verified(batch)  # the points lie along dimension 0
+        >>> matrices = MatrixLayers(objective)
+        >>> run = CapturedRun(objective, batch, matrices.modules)
+        >>> matrices.dims(Probe.of(run, batch))  # the points lie along dimension 0
         {'': [0]}
     """
 
@@ -92,40 +126,17 @@ class MatrixLayers:
         """Name -> module of the layers."""
         return {name: layer.module for name, layer in self.layers.items()}
 
-    def verified(self, batch: Batch) -> dict[str, list[int]]:
-        """Where the points lie in each call of each layer that is one."""
-        while True:
-            try:
-                return self.dims(self.probe(batch, self.modules))
-            except Demotion:
-                continue
+    def dims(self, probe: Probe, *, sums: bool = True) -> dict[str, list[int]]:
+        """Where the points lie in each call of each layer.
 
-    def probe(self, batch: Batch, modules: Mapping[str, nn.Module]) -> Probe:
-        """A run on some points of a batch, to verify what is said of some modules."""
-        device = self.objective.device
-        generator = torch.Generator().manual_seed(batch.position)
-        order = torch.randperm(batch.size, generator=generator)[:VERIFIED_POINTS].sort().values
-        points = batch.rows(order.to(device), len(order))
-        run = CapturedRun(self.objective, points, modules)
-        is_probed = torch.zeros(len(order), dtype=torch.bool)
-        is_probed[torch.randperm(len(order), generator=generator)[: (len(order) + 1) // 2]] = True
-        columns = [_probing(part, is_probed, generator) for part in run.parts]
-        return Probe(
-            points,
-            run,
-            columns,
-            run.gradients([column.unsqueeze(0) for column in columns]),
-            run.parameter_gradients(columns),
-            (~is_probed).nonzero().flatten().to(device),
-        )
-
-    def dims(self, probe: Probe) -> dict[str, list[int]]:
-        """As `verified`, from a run.
+        Args:
+            probe: A run with the modules of the layers.
+            sums: Whether the sums over points are verified too; ``False`` where they were.
 
         Raises:
             Demotion: A layer is none, and was removed: begin anew.
         """
-        found = {name: _dims(layer, probe) for name, layer in self.layers.items()}
+        found = {name: _dims(layer, probe, sums=sums) for name, layer in self.layers.items()}
         demoted = [name for name, dims in found.items() if dims is None]
         if demoted:
             for name in demoted:
@@ -136,27 +147,14 @@ class MatrixLayers:
     def inputs(
         self, run: CapturedRun, batch: Batch, dims: Mapping[str, list[int]]
     ) -> dict[str, Tensor]:
-        """The inputs of the layers that were called, those of several calls as positions.
-
-        Raises:
-            ModelError: The model runs otherwise than on some of the points alone.
-        """
+        """The inputs of the layers that were called, those of several calls as positions."""
         found = {}
         for name, layer in self.layers.items():
-            calls = run.calls.get(name, [])
-            if len(calls) != len(dims[name]):
-                raise ModelError(
-                    f"batch {batch.position}: module {name!r} was called {len(calls)} times, and "
-                    f"{len(dims[name])} times on some of the points: their number decides"
-                )
-            parts = []
-            for call, dim in zip(calls, dims[name], strict=True):
-                if call is None or not layer.fits(call.input, call.output, batch.size, dim):
-                    raise ModelError(
-                        f"batch {batch.position}: module {name!r} is called with other shapes than "
-                        "on some of the points alone"
-                    )
-                parts.append(layer.inputs(call.input, batch.size, dim))
+            calls = [call for call in run.calls.get(name, []) if call is not None]
+            parts = [
+                layer.inputs(call.input, batch.size, dim)
+                for call, dim in zip(calls, dims[name], strict=True)
+            ]
             if parts:
                 found[name] = torch.cat(parts, dim=layer.position_dim)
         return found
@@ -206,23 +204,24 @@ class PointGradients:
 
     @classmethod
     def of(cls, matrices: MatrixLayers, batch: Batch) -> PointGradients:
-        """One run forward and one backward, without a gradient by a parameter.
-
-        Raises:
-            ModelError: The model runs otherwise than on some of the points alone.
-        """
-        dims = matrices.verified(batch)
+        """One run forward, and one pass backward after those that verify the layers."""
         if not matrices.layers:
             return cls({}, {}, {}, batch.size)
         run = CapturedRun(matrices.objective, batch, matrices.modules)
+        probe = Probe.of(run, batch)
+        while True:
+            try:
+                dims = matrices.dims(probe)
+                break
+            except Demotion:
+                continue
         root = gradient_root(matrices.objective, run.output, batch)
         outputs = matrices.outputs(run.gradients(root.columns(0, 1)), batch, dims)
         return cls(dict(matrices.layers), matrices.inputs(run, batch, dims), outputs, batch.size)
 
     def rows(self, name: str) -> Tensor:
         """The gradients by the parameters of a layer, ``(n, P_layer)``."""
-        layer = self.layers[name]
-        return layer.form.rows(self.matrices(name, slice(0, self.size)))
+        return self.layers[name].form.rows(self.matrices(name, slice(0, self.size)))
 
     def matrices(self, name: str, points: slice) -> Tensor:
         """The gradients of some points by a layer, ``(m, groups, outputs, inputs)``."""
@@ -263,35 +262,35 @@ class PointGradients:
         return PointGradients(layers, inputs, outputs, self.size)
 
 
-def _probing(part: Tensor, is_probed: Tensor, generator: torch.Generator) -> Tensor:
-    """Random weights of an output that are zero for the other points."""
-    drawn = torch.randn(part.shape, generator=generator, dtype=torch.float64)
-    return (drawn * is_probed.reshape(-1, *[1] * (part.ndim - 1))).to(part)
-
-
-def _dims(layer: MatrixLayer, probe: Probe) -> list[int] | None:
+def _dims(layer: MatrixLayer, probe: Probe, *, sums: bool) -> list[int] | None:
     """Where the points lie in each call of a layer; ``None`` where it is none."""
-    form, size = layer.form, probe.points.size
-    calls: Sequence[Call | None] = probe.run.calls.get(layer.name, [])
+    form, size = layer.form, probe.size
     flat = form.space.flatten({name: probe.expected[name] for name in form.space.names})
     wanted = form.matrices(flat.unsqueeze(0))[0]
+    calls: Sequence[Call | None] = probe.run.calls.get(layer.name, [])
     known = [call for call in calls if call is not None]
     if len(known) < len(calls):
         return None
     if not known:
         return None if wanted.any() else []
     dims, inputs, outputs = [], [], []
-    for call, gradient in zip(known, probe.gradients[layer.name], strict=True):
+    gradients = zip(probe.first[layer.name], probe.second[layer.name], strict=True)
+    for call, (first, second) in zip(known, gradients, strict=True):
         for dim in (0, 1):
             if not layer.fits(call.input, call.output, size, dim):
                 continue
-            rows = layer.outputs(gradient, size, dim)
-            if not rows[:, :, probe.others].any():
+            rows, others = (layer.outputs(g.unsqueeze(0), size, dim) for g in (first, second))
+            if probe.owned(rows.movedim(2, 0), others.movedim(2, 0)):
                 dims.append(dim)
                 inputs.append(layer.inputs(call.input, size, dim))
                 outputs.append(rows)
                 break
         else:
             return None
+    if not sums:
+        return dims
     a, b = torch.cat(inputs, dim=layer.position_dim), torch.cat(outputs, dim=-2)
-    return dims if probe.agrees(layer.gradient(a, b), wanted, layer.scale(a, b)) else None
+    generator = torch.Generator().manual_seed(size)
+    drawn = torch.randn(form.shape[2], generator=generator, dtype=torch.float64).to(b)
+    total = layer.gradient_times(drawn, a, b)
+    return dims if probe.agrees(total, wanted @ drawn, layer.scale(a, b)) else None

@@ -92,7 +92,8 @@ def sampled_root(
 
     Where H is that of a softmax, :math:`\sqrt{c/m}\,(e_{\hat y} - p)` with a label
     :math:`\hat y \sim p` at each position; signs :math:`z = \pm 1` in Sz for a root S elsewhere.
-    Every point draws as many numbers, one after the other, so that batches mean nothing.
+    Every point draws from a generator of its own, which is seeded by one number of `generator`, so
+    that batches mean nothing.
 
     Args:
         objective: Model and loss.
@@ -105,9 +106,13 @@ def sampled_root(
         StructureError, MemoryLimitError: As of `hessian_root`.
     """
     structure = _structured(objective, output, batch)
-    shape = (batch.size, num_samples, structure.draws)
-    drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-    uniform = drawn.to(structure.device)
+    seeds = torch.randint(2**62, (batch.size,), generator=generator, device=generator.device)
+    shape = (num_samples, structure.draws)
+    drawn = [
+        torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds.tolist()
+    ]
+    uniform = torch.stack(drawn).to(structure.device)
     columns = structure.sampled(uniform).movedim(1, 0) / num_samples**0.5
     return OutputRoot(structure.shapes, num_samples, lambda start, stop: columns[start:stop])
 
@@ -207,10 +212,11 @@ class _Softmax:
 
 @dataclass(frozen=True)
 class _Dense:
-    """Hᵢ = SᵢSᵢᵀ with S ``(n, outputs, columns)``."""
+    """Hᵢ = SᵢSᵢᵀ with S ``(n, outputs, columns)``, of all possible columns those that are kept."""
 
     shapes: tuple[torch.Size, ...]
     columns: Tensor
+    kept: Tensor
 
     @property
     def device(self) -> torch.device:
@@ -225,7 +231,7 @@ class _Dense:
         return OutputRoot(self.shapes, len(by_column), lambda start, stop: by_column[start:stop])
 
     def sampled(self, uniform: Tensor) -> Tensor:
-        return _signs(uniform, self.columns.dtype) @ self.columns.mT
+        return _signs(uniform[..., self.kept], self.columns.dtype) @ self.columns.mT
 
 
 def _signs(uniform: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,16 +267,16 @@ def _structured(
     along_probe, along_ones = product(torch.stack([probe, ones]))
     precision = STRUCTURE_TOLERANCE * torch.finfo(like.dtype).eps
 
-    distance = (along_probe - along_ones * probe).norm(dim=1)
-    size = along_probe.norm(dim=1) + (along_ones * probe).norm(dim=1)
-    if bool((distance <= precision * size).all()):
-        _require_convex(along_ones.min(), along_ones.abs().max(), batch)
+    # Entry by entry, as a large part of a loss is no measure for a small one.
+    distance = (along_probe - along_ones * probe).abs()
+    if bool((distance <= precision * along_probe.abs()).all()):
+        _require_convex(along_ones, like.dtype, batch)
         return _Diagonal(product.shapes, along_ones.clamp(min=0))
     for dim in dict.fromkeys((1, like.ndim - 1)) if len(parts) == 1 and like.ndim > 1 else ():
         found = _as_softmax(like, dim, probe, along_probe, precision)
         if found is not None:
             return found
-    return _decomposed(product, total, batch, precision)
+    return _decomposed(product, total, batch)
 
 
 def _as_softmax(
@@ -296,7 +302,7 @@ def _as_softmax(
     return None
 
 
-def _decomposed(product: _Products, total: int, batch: Batch, precision: float) -> _Dense:
+def _decomposed(product: _Products, total: int, batch: Batch) -> _Dense:
     like = product.parts[0]
     needed = 3 * batch.size * total**2 * like.element_size()
     if needed > DENSE_BYTES:
@@ -309,21 +315,32 @@ def _decomposed(product: _Products, total: int, batch: Batch, precision: float) 
     units = torch.eye(total, dtype=like.dtype, device=like.device)
     columns = product(units.unsqueeze(1).expand(total, batch.size, total).contiguous())
     hessians = columns.movedim(0, 2)
-    # LAPACK has no half precision.
-    wide = hessians.double() if like.dtype not in (torch.float32, torch.float64) else hessians
+    # In double precision, so that a large part of a loss does not blur a small one.
+    wide = hessians.double()
     values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
-    _require_convex(values.min(), values.abs().max(), batch)
-    kept = values.amax(dim=0) > precision * values.max()
+    _require_convex(values, like.dtype, batch)
+    # A point with a large Hessian is no measure for the others.
+    precision = STRUCTURE_TOLERANCE * torch.finfo(wide.dtype).eps
+    kept = (values > precision * values.amax(dim=1, keepdim=True)).any(dim=0)
     roots = vectors[:, :, kept] * values[:, kept].clamp(min=0).sqrt().unsqueeze(1)
-    return _Dense(product.shapes, roots.to(like.dtype))
+    return _Dense(product.shapes, roots.to(like.dtype), kept.nonzero().flatten())
 
 
-def _require_convex(smallest: Tensor, largest: Tensor, batch: Batch) -> None:
-    precision = STRUCTURE_TOLERANCE * torch.finfo(smallest.dtype).eps
-    if smallest < -precision * largest:
+def _require_convex(values: Tensor, dtype: torch.dtype, batch: Batch) -> None:
+    """Raises where one of the eigenvalues ``(n, outputs)`` is negative by more than rounding.
+
+    Args:
+        values: Eigenvalues.
+        dtype: That of the Hessians.
+        batch: The points.
+    """
+    sizes = values.abs()
+    precision = torch.finfo(dtype).eps
+    rounding = STRUCTURE_TOLERANCE * precision * sizes.amax(dim=1, keepdim=True)
+    if bool((values < -rounding - precision * sizes.max()).any()):
         raise StructureError(
             f"batch {batch.position}: the Hessian of the loss by the model's output has a negative "
-            f"eigenvalue ({smallest.item():.3e}), so that it is no Fisher matrix; use "
+            f"eigenvalue ({values.min().item():.3e}), so that it is no Fisher matrix; use "
             "fisher_type='empirical'"
         )
 
