@@ -214,7 +214,7 @@ class KroneckerEstimation:
 
     @property
     def factor_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of what `factors` joins: for each layer A, positions and B; exact blocks."""
+        """Shapes of what `add_factors` joins: A, positions and B of each layer; exact blocks."""
         shapes: list[tuple[int, ...]] = []
         for layer in self.layers.values():
             groups, outputs, inputs = layer.form.shape
@@ -222,8 +222,8 @@ class KroneckerEstimation:
             shapes += [of_inputs, (), (groups, outputs, outputs)]
         return shapes + [block.shape for block in self.exact.values()]
 
-    def factors(self, batch: Batch) -> Tensor:
-        r"""Sums over positions, columns and points, per point, as one flat tensor.
+    def add_factors(self, total: Tensor, batch: Batch) -> None:
+        r"""Adds sums over positions, columns and points to a flat tensor of `factor_shapes`.
 
         For each layer :math:`\sum a a^\top`, the number of positions, :math:`\sum b b^\top`; then
         the exact blocks. Of symmetric matrices only the lower half means anything.
@@ -235,15 +235,14 @@ class KroneckerEstimation:
         dims = self.verify(run, batch)
         inputs = self._matrices.inputs(run, batch, dims)
         root = self._root(run.output, batch)
-        flat = self._zeros(sum(prod(shape) for shape in self.factor_shapes))
-        values = iter(self.split(flat, self.factor_shapes))
+        values = iter(self.split(total, self.factor_shapes))
         moments = {name: (next(values), next(values), next(values)) for name in self.layers}
         exact = {name: next(values) for name in self.exact}
         for name, x in inputs.items():
             layer = self.layers[name]
             layer.add_input_moment(moments[name][0], self._shared(layer, x, is_output=False))
             positions = 1 if self._reduces(layer) else x.shape[layer.position_dim]
-            moments[name][1].fill_(batch.size * positions)
+            moments[name][1].add_(batch.size * positions)
         for columns, outputs in self._columns(run, root, batch, dims):
             for name in inputs:
                 layer = self.layers[name]
@@ -252,15 +251,20 @@ class KroneckerEstimation:
             for name, block in self.exact.items():
                 for rows in self._rows(block, run, batch, columns, outputs):
                     exact[name].add_(block.moment(rows))
-        return flat.div_(batch.size)
 
-    def corrections(
-        self, batch: Batch, bases: Mapping[str, tuple[Tensor | None, Tensor]]
-    ) -> Tensor:
-        """The squared gradients in the eigenbases of the layers, per point, as one flat tensor.
+    @property
+    def correction_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of what `add_corrections` joins, by layer."""
+        return [layer.form.shape for layer in self.layers.values()]
+
+    def add_corrections(
+        self, total: Tensor, batch: Batch, bases: Mapping[str, tuple[Tensor | None, Tensor]]
+    ) -> None:
+        """Adds squared gradients in the eigenbases, to a flat tensor of `correction_shapes`.
 
         Args:
-            batch: n points, which `factors` has verified.
+            total: The flat tensor.
+            batch: n points, which `add_factors` has verified.
             bases: Name of a layer -> eigenvectors of A (``None`` for the identity) and of B.
 
         Raises:
@@ -275,21 +279,15 @@ class KroneckerEstimation:
             ) from None
         inputs = self._matrices.inputs(run, batch, dims)
         root = self._root(run.output, batch)
-        totals = {name: self._zeros(*layer.form.shape) for name, layer in self.layers.items()}
+        totals = dict(zip(self.layers, self.split(total, self.correction_shapes), strict=True))
         for _, outputs in self._columns(run, root, batch, dims):
             for name, x in inputs.items():
-                basis = bases[name]
-                totals[name] += self.layers[name].squares(x, outputs[name], *basis)
-        return torch.cat([total.reshape(-1) for total in totals.values()]) / batch.size
+                self.layers[name].add_squares(totals[name], x, outputs[name], *bases[name])
 
     def split(self, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """What was joined in a flat tensor, in its shapes."""
         parts = torch.split(flat, [prod(shape) for shape in shapes])
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    def _zeros(self, *shape: int) -> Tensor:
-        space = self.objective.space
-        return torch.zeros(*shape, dtype=space.dtype, device=space.device)
 
     def _root(self, output: object, batch: Batch) -> OutputRoot:
         if self.fisher_type == "empirical":

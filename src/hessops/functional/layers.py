@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -75,6 +75,17 @@ class MatrixForm:
         weight = matrices.mT if self.transposed else matrices
         parts[self.weight] = weight.reshape(count, -1)
         return torch.cat([parts[name] for name in self.space.names], dim=1)
+
+    def times(self, parts: Mapping[str, Tensor], vector: Tensor) -> Tensor:
+        """The matrices of some parameters by name times ``(inputs,)``, ``(groups, outputs)``."""
+        weight = parts[self.weight]
+        if self.transposed:
+            weight = weight.mT
+        rows = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        if self.bias is None:
+            return rows @ vector
+        bias = parts[self.bias].reshape(self.groups, -1)
+        return rows @ vector[:-1] + vector[-1] * bias
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -176,15 +187,19 @@ class MatrixLayer(ABC):
         return sizes.sum()
 
     @abstractmethod
-    def squares(
-        self, inputs: Tensor, outputs: Tensor, input_basis: Tensor | None, output_basis: Tensor
-    ) -> Tensor:
-        r"""The squared gradients of points and columns in the eigenbasis, summed over both.
+    def add_squares(
+        self,
+        total: Tensor,
+        inputs: Tensor,
+        outputs: Tensor,
+        input_basis: Tensor | None,
+        output_basis: Tensor,
+    ) -> None:
+        r"""Adds the squared gradients of points and columns in the eigenbasis, summed over both.
 
         .. math:: \sum_{n,c} \Bigl(\sum_t Q_B^\top b_{nct}\, (Q_A^\top a_{nt})^\top\Bigr)^{\odot 2}
 
-        Returns:
-            ``(groups, outputs, inputs)``.
+        to ``(groups, outputs, inputs)``.
         """
 
 
@@ -255,21 +270,25 @@ class AffineLayer(MatrixLayer):
             total[:, points] = (rows.flatten(1) @ flat).T
         return total
 
-    def squares(
-        self, inputs: Tensor, outputs: Tensor, input_basis: Tensor | None, output_basis: Tensor
-    ) -> Tensor:
-        """See `MatrixLayer.squares`; a position of its own for each point needs no gradients."""
+    def add_squares(
+        self,
+        total: Tensor,
+        inputs: Tensor,
+        outputs: Tensor,
+        input_basis: Tensor | None,
+        output_basis: Tensor,
+    ) -> None:
+        """See `MatrixLayer.add_squares`; a single position needs no gradients of points."""
         assert input_basis is not None
         # Rotated before the outer product: what is of the size of M is never multiplied by a basis.
         a = (inputs.flatten(1, 2) @ input_basis).reshape(inputs.shape)
         b = (outputs.flatten(1, 3) @ output_basis).reshape(outputs.shape)
         if inputs.shape[2] == 1:
-            return b.square().sum(dim=1)[:, :, 0].mT @ a.square()[:, :, 0]
-        total = a.new_zeros(self.form.shape)
+            total.baddbmm_(b.square().sum(dim=1)[:, :, 0].mT, a.square()[:, :, 0])
+            return
         for some_a, some_b in _pieces(a, b, self.form.space.size):
             # (groups, k, n, outputs, inputs)
             total += (some_b.mT @ some_a.unsqueeze(1)).square_().sum(dim=(1, 2))
-        return total
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
@@ -397,19 +416,23 @@ class EmbeddingLayer(MatrixLayer):
             [(matrix[0].T[tokens] * gradients).sum(dim=(1, 2)) for matrix in matrices]
         )
 
-    def squares(
-        self, inputs: Tensor, outputs: Tensor, input_basis: Tensor | None, output_basis: Tensor
-    ) -> Tensor:
-        """See `MatrixLayer.squares`; only the rows of the tokens that occur are made."""
+    def add_squares(
+        self,
+        total: Tensor,
+        inputs: Tensor,
+        outputs: Tensor,
+        input_basis: Tensor | None,
+        output_basis: Tensor,
+    ) -> None:
+        """See `MatrixLayer.add_squares`; only the rows of the tokens that occur are made."""
         _, width, vocabulary = self.form.shape
         known, keys = self._keys(inputs)
         pairs, where = torch.unique(keys, return_inverse=True)
-        total = outputs.new_zeros(vocabulary, width)
+        rows_of_tokens = total[0].mT
         for column in outputs[0] @ output_basis[0]:
             rows = column.new_zeros(len(pairs), width)
             rows.index_add_(0, where, column.flatten(0, 1)[known])
-            total.index_add_(0, pairs % vocabulary, rows.square_())
-        return total.mT.unsqueeze(0)
+            rows_of_tokens.index_add_(0, pairs % vocabulary, rows.square_())
 
 
 def matrix_layer(name: str, module: nn.Module, space: ParameterSpace) -> MatrixLayer | None:

@@ -265,14 +265,12 @@ class PointGradients:
 def _dims(layer: MatrixLayer, probe: Probe, *, sums: bool) -> list[int] | None:
     """Where the points lie in each call of a layer; ``None`` where it is none."""
     form, size = layer.form, probe.size
-    flat = form.space.flatten({name: probe.expected[name] for name in form.space.names})
-    wanted = form.matrices(flat.unsqueeze(0))[0]
     calls: Sequence[Call | None] = probe.run.calls.get(layer.name, [])
     known = [call for call in calls if call is not None]
     if len(known) < len(calls):
         return None
     if not known:
-        return None if wanted.any() else []
+        return None if any(probe.expected[name].any() for name in form.space.names) else []
     dims, inputs, outputs = [], [], []
     gradients = zip(probe.first[layer.name], probe.second[layer.name], strict=True)
     for call, (first, second) in zip(known, gradients, strict=True):
@@ -293,4 +291,5 @@ def _dims(layer: MatrixLayer, probe: Probe, *, sums: bool) -> list[int] | None:
     generator = torch.Generator().manual_seed(size)
     drawn = torch.randn(form.shape[2], generator=generator, dtype=torch.float64).to(b)
     total = layer.gradient_times(drawn, a, b)
-    return dims if probe.agrees(total, wanted @ drawn, layer.scale(a, b)) else None
+    wanted = form.times(probe.expected, drawn)
+    return dims if probe.agrees(total, wanted, layer.scale(a, b)) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -185,13 +186,12 @@ class KfacOperator(BlockEigenOperator):
         return blocks
 
     def _factors(self, estimation: KroneckerEstimation) -> list[Tensor]:
-        """The averages of what `KroneckerEstimation.factors` gives."""
-        curvature = self.curvature
+        """The averages of what `KroneckerEstimation.add_factors` adds."""
         state = self._generator.get_state()
         while True:
             try:
-                flat = curvature.averaging.reduce(
-                    (estimation.factors(batch), batch.size) for batch in self._checked_batches()
+                flat = self._averaged(
+                    self._checked_batches(), estimation.factor_shapes, estimation.add_factors
                 )
                 break
             except Demotion:
@@ -211,6 +211,35 @@ class KfacOperator(BlockEigenOperator):
                 "let the model return logits and use CrossEntropyLoss, or fisher_type='empirical'"
             )
         return statistics
+
+    def _averaged(
+        self,
+        batches: Iterable[Batch],
+        shapes: Iterable[tuple[int, ...]],
+        add: Callable[[Tensor, Batch], None],
+    ) -> Tensor:
+        """The average over batches of what `add` adds to a flat tensor for the points of one."""
+        averaging, size = self.curvature.averaging, sum(prod(shape) for shape in shapes)
+
+        def zeros() -> Tensor:
+            return torch.zeros(size, dtype=self.curvature.dtype, device=self.curvature.device)
+
+        def by_batch() -> Iterator[tuple[Tensor, int]]:
+            for batch in batches:
+                total = zeros()
+                add(total, batch)
+                yield total.div_(batch.size), batch.size
+
+        def at_once() -> Iterator[tuple[Tensor, int]]:
+            total, count = zeros(), 0
+            for batch in batches:
+                add(total, batch)
+                count += batch.size
+            if count:
+                yield total.div_(count), count
+
+        # Weights that do not depend on the batches are numbers of points: one sum serves them all.
+        return averaging.reduce(by_batch() if averaging.depends_on_batches else at_once())
 
     def _checked_batches(self) -> Iterator[Batch]:
         """One pass over the data; `curvature` checks in its own first pass what it needs more."""
@@ -303,14 +332,15 @@ class KfacOperator(BlockEigenOperator):
         self, estimation: KroneckerEstimation, blocks: dict[str, EigenOperator]
     ) -> dict[str, EigenOperator]:
         """The blocks with the eigenvalues of EKFAC, by another pass over the data."""
-        curvature = self.curvature
         bases = {}
         for name in estimation.layers:
             block = blocks[name]
             assert isinstance(block, KroneckerOperator)
             bases[name] = (block.input_basis, block.output_basis)
-        flat = curvature.averaging.reduce(
-            (estimation.corrections(batch, bases), batch.size) for batch in curvature.stream
+        flat = self._averaged(
+            self.curvature.stream,
+            estimation.correction_shapes,
+            lambda total, batch: estimation.add_corrections(total, batch, bases),
         )
         shapes = [(blocks[name].input_size,) for name in estimation.layers]
         corrected = dict(zip(estimation.layers, estimation.split(flat, shapes), strict=True))
