@@ -370,7 +370,7 @@ def test_unknown_settings_are_refused() -> None:
     with pytest.raises(ArgumentTypeError, match="is it the loss"):
         EkfacInfluence(problem.model, nn.MSELoss())
     with pytest.raises(ArgumentError, match="fisher_type must be one of"):
-        EkfacInfluence(problem.model, fisher_type="exact").fit(problem.batches())
+        EkfacInfluence(problem.model, fisher_type="exact")
     with pytest.raises(ArgumentTypeError, match="another name of"):
         EkfacInfluence(problem.model, regularization=0.1, hessian_regularization=0.1)
     with pytest.raises(NotFittedError):

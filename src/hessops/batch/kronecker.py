@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from hessops.errors import ArgumentError, ModelError
+from hessops.errors import ArgumentError, HessopsError, ModelError
 from hessops.functional.capture import Call, CapturedRun
 from hessops.functional.gradients import vectorised_or_looped
 from hessops.functional.layers import MatrixLayer
@@ -69,14 +69,24 @@ class ExactBlock:
         return rows.T @ rows if self.is_dense else rows.square().sum(dim=0)
 
 
+def require_kinds(fisher_type: object, kfac_approx: object) -> None:
+    """Raises `ArgumentError` unless both have one of their values."""
+    if fisher_type not in FISHER_TYPES:
+        raise ArgumentError(f"fisher_type must be one of {FISHER_TYPES}, got {fisher_type!r}")
+    if kfac_approx not in KFAC_APPROXIMATIONS:
+        raise ArgumentError(
+            f"kfac_approx must be one of {KFAC_APPROXIMATIONS}, got {kfac_approx!r}"
+        )
+
+
 class KroneckerEstimation:
     r"""Kronecker statistics of batches, for an objective and a kind of Fisher matrix.
 
     Layers that apply a matrix (`hessops.functional.layers`) have Kronecker factors; everything else
-    has an exact block, or its exact diagonal. On every batch it is verified for some points that
-    :math:`\sum_t b_t a_t^\top` is the gradient of a layer and that the rows of its output belong to
-    the points they are attributed to. A layer that fails (its weight is used elsewhere too, it is
-    called with other arguments, a hook changes its output) is demoted to an exact block.
+    has an exact block, or its exact diagonal, from the gradients of the points: by a local backward
+    pass through the module where it is called once with a tensor of one row for each point, by one
+    through the whole model elsewhere. All of it is verified on every batch, see `MatrixLayers`;
+    what fails is demoted, a layer to an exact block.
 
     Args:
         objective: Model and loss.
@@ -99,12 +109,7 @@ class KroneckerEstimation:
         generator: torch.Generator,
         max_dense: int,
     ) -> None:
-        if fisher_type not in FISHER_TYPES:
-            raise ArgumentError(f"fisher_type must be one of {FISHER_TYPES}, got {fisher_type!r}")
-        if kfac_approx not in KFAC_APPROXIMATIONS:
-            raise ArgumentError(
-                f"kfac_approx must be one of {KFAC_APPROXIMATIONS}, got {kfac_approx!r}"
-            )
+        require_kinds(fisher_type, kfac_approx)
         self.objective = objective
         self.fisher_type = fisher_type
         self.kfac_approx = kfac_approx
@@ -178,7 +183,7 @@ class KroneckerEstimation:
         wanted = block.space.flatten({name: probe.expected[name] for name in block.space.names})
         columns = [weight.unsqueeze(0) for weight in probe.weights]
         if block.module is None:
-            rows = torch.cat(list(self._model_rows(block, batch, columns)))
+            rows = self._model_rows(block, batch, columns)
         else:
             calls = probe.run.calls.get(block.name, [])
             if not calls:
@@ -189,13 +194,17 @@ class KroneckerEstimation:
             (first,), (second,) = probe.first[block.name], probe.second[block.name]
             if not probe.owned(first.reshape(batch.size, 1, -1), second.reshape(batch.size, 1, -1)):
                 return False
-            try:
-                rows = torch.cat(list(self._module_rows(block, call, first.unsqueeze(0))))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # a module that takes no single point; the whole model may
-                return False
-        return probe.agrees(rows.sum(dim=0), wanted, rows.norm(dim=1).sum())
+            rows = self._module_rows(block, call, first.unsqueeze(0))
+        total, scale = torch.zeros_like(wanted), wanted.new_zeros(())
+        try:
+            for some in rows:
+                total += some.sum(dim=0)
+                scale += some.norm(dim=1).sum()
+        except (torch.OutOfMemoryError, HessopsError):
+            raise
+        except Exception:  # a module that takes no single point; the whole model may
+            return False
+        return probe.agrees(total, wanted, scale)
 
     def _demoted_block(self, block: ExactBlock, batch: Batch) -> ExactBlock:
         """The next way to the gradients of the points: a loop, the whole model, and a loop."""
@@ -347,8 +356,7 @@ class KroneckerEstimation:
         def output(params: Params, x: object) -> list[Tensor]:
             return [functional_call(module, {n[prefix:]: p for n, p in params.items()}, (x,))]
 
-        points = Batch(call.input, [gradients.movedim(0, 1)], len(call.input))
-        yield from self._pulled_back(block, output, points)
+        yield from self._pulled_back(block, output, call.input, [gradients.movedim(0, 1)])
 
     def _model_rows(
         self, block: ExactBlock, batch: Batch, columns: Sequence[Tensor]
@@ -356,18 +364,21 @@ class KroneckerEstimation:
         def output(params: Params, x: object) -> list[Tensor]:
             return differentiable_leaves(self.objective.output(params, x))
 
-        points = Batch(batch.x, [column.movedim(0, 1) for column in columns], batch.size)
-        yield from self._pulled_back(block, output, points)
+        weights = [column.movedim(0, 1) for column in columns]
+        yield from self._pulled_back(block, output, batch.x, weights)
 
-    def _pulled_back(self, block: ExactBlock, output: OutputMap, points: Batch) -> Iterator[Tensor]:
-        """Rows ``(m, P)`` of some points at a time; the targets of `points` are ``(n, k, ...)``."""
+    def _pulled_back(
+        self, block: ExactBlock, output: OutputMap, x: object, weights: list[Tensor]
+    ) -> Iterator[Tensor]:
+        """Rows ``(m, P)`` of some points at a time, for weights ``(n, k, ...)`` of outputs."""
         params = {name: self.objective.params[name] for name in block.space.names}
-        num_columns = next(iter(points.y)).shape[1]  # type: ignore[call-overload]  # a list of tensors
+        count, num_columns = weights[0].shape[:2]
+        points = Batch(x, weights, count)
         size = max(
             1, ROW_BYTES // (4 * num_columns * block.space.size * block.space.dtype.itemsize)
         )
-        for start in range(0, points.size, size):
-            some = points.rows(slice(start, start + size), min(size, points.size - start))
+        for start in range(0, count, size):
+            some = points.rows(slice(start, start + size), min(size, count - start))
             pull = partial(_pulled_back, output, params, some)
             stack = vectorised_or_looped(pull) if block.vectorize else pull(False)
             parts = [stack[name].flatten(0, 1).flatten(1) for name in block.space.names]
@@ -375,7 +386,14 @@ class KroneckerEstimation:
 
 
 def _pulled_back(output: OutputMap, params: Params, points: Batch, vectorize: bool) -> Stack:
-    """Gradients of ⟨columns, output⟩ of every point alone, ``{name: (n, k, *shape)}``."""
+    """Gradients of ⟨columns, output⟩ of every point alone, ``{name: (n, k, *shape)}``.
+
+    Args:
+        output: From parameters and inputs to outputs.
+        params: The parameters.
+        points: Inputs, and as targets a list of weights ``(n, k, ...)`` of the outputs.
+        vectorize: Tries all points at once.
+    """
     if vectorize:
 
         def of_point(point: Batch) -> Stack:
@@ -385,7 +403,7 @@ def _pulled_back(output: OutputMap, params: Params, points: Batch, vectorize: bo
                 gradients: Stack = pull(tuple(w.unsqueeze(0) for w in weights))[0]
                 return gradients
 
-            stack: Stack = vmap(along)(*(w[0] for w in point.y))  # type: ignore[attr-defined]
+            stack: Stack = vmap(along)(*(w[0] for w in cast(list[Tensor], point.y)))
             return stack
 
         return map_points(of_point, points)
@@ -395,7 +413,7 @@ def _pulled_back(output: OutputMap, params: Params, points: Batch, vectorize: bo
         leaves = differentiable(params)
         with torch.enable_grad():
             parts = output(leaves, point.x)
-        weights = [w.movedim(0, 1) for w in point.y]  # type: ignore[attr-defined]
+        weights = [w.movedim(0, 1) for w in cast(list[Tensor], point.y)]
         gradients = StackedGradient()(parts, list(leaves.values()), weights)
         for name, gradient in zip(leaves, gradients, strict=True):
             found[name].append(gradient)

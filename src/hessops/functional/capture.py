@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hessops.errors import ModelError
-from hessops.functional.products import Params, StackedGradient, differentiable
+from hessops.functional.products import StackedGradient, differentiable
 from hessops.isolation import is_transformed
 from hessops.nested import differentiable_leaves
 from hessops.objective import Objective
@@ -78,7 +78,6 @@ class CapturedRun:
         objective: Model and loss, at whose parameters it runs.
         batch: n points.
         modules: Name -> module of ``objective.model``.
-        params: The parameters that record gradients; ``None`` takes those of the objective.
 
     Attributes:
         output: The model's output, with its graph.
@@ -106,9 +105,8 @@ class CapturedRun:
         objective: Objective,
         batch: Batch,
         modules: Mapping[str, nn.Module],
-        params: Params | None = None,
     ) -> None:
-        self.leaves = differentiable(objective.params if params is None else params)
+        self.leaves = differentiable(objective.params)
         recorder = _Recorder(copies=False)
         self.output = self._run(objective, batch, modules, recorder)
         if not recorder.is_whole:

@@ -8,7 +8,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from hessops.batch.kronecker import FisherType, KfacApprox
+from hessops.batch.kronecker import FisherType, KfacApprox, require_kinds
 from hessops.errors import ArgumentTypeError, StructureError
 from hessops.functional.layers import PRODUCT_BYTES
 from hessops.functional.layerwise import PointGradients
@@ -60,6 +60,7 @@ class EkfacInfluence(InfluenceFunctionModel):
 
     Raises:
         ArgumentTypeError: `block_structure` or `second_order_mode` is given.
+        ArgumentError: An unknown `fisher_type` or `kfac_approx`.
         HessopsError: As of `InfluenceFunctionModel`; from `fit`, as of `hessops.KfacOperator`.
 
     Example:
@@ -99,6 +100,7 @@ class EkfacInfluence(InfluenceFunctionModel):
                     f"{name} is not a choice here: the blocks are the layers, and fisher_type says "
                     "which matrix is approximated"
                 )
+        require_kinds(fisher_type, kfac_approx)
         if not isinstance(update_diagonal, bool):
             raise ArgumentTypeError(
                 f"update_diagonal must be True or False, got {update_diagonal!r}; is it the loss? "

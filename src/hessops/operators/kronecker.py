@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hessops.batch.averaging import Averaging
-from hessops.batch.kronecker import ExactBlock, FisherType, KfacApprox, KroneckerEstimation
+from hessops.batch.kronecker import (
+    ExactBlock,
+    FisherType,
+    KfacApprox,
+    KroneckerEstimation,
+    require_kinds,
+)
 from hessops.errors import ArgumentError, NonFiniteProductError, StructureError
 from hessops.functional.layers import MatrixLayer
 from hessops.functional.layerwise import Demotion
@@ -137,6 +143,7 @@ class KfacOperator(BlockEigenOperator):
         progress: bool = False,
         unpack: Unpack | None = None,
     ) -> None:
+        require_kinds(fisher_type, kfac_approx)
         curvature_type: type[CurvatureOperator] = (
             GaussNewtonOperator if fisher_type == "empirical" else GeneralizedGaussNewtonOperator
         )
