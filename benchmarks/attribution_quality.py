@@ -16,16 +16,32 @@ means over the other half, averaged over the ways to halve them; 2r / (1 + r) is
 the means over all seeds (Spearman-Brown), and its square root the correlation with them that a
 prediction of their expectation has. Standard errors are those of a bootstrap over the subsets.
 
+KFAC and EKFAC stand beside the EKFAC of kronfluence at the same absolute damping: with the labels
+of the points on both sides (empirical); with one label a point drawn from the model on both sides
+(Monte Carlo, kronfluence's default; the mean score of several draws); and with the exact type-2
+Fisher matrix, the default of `hessops`, which is the generalized Gauss-Newton matrix of the other
+rows. kronfluence is optional: where it is not installed, its rows say so. `benchmarks/kronecker.py`
+says how to install it without the torchvision that it demands but never imports.
+
     python benchmarks/attribution_quality.py [--quick] [--points 500] [--subsets 100] [--seeds 4]
         [--models 3] [--tests 50] [--decay 0.003] [--steps 800]
 
-At the end, conjugate gradients and both low-rank inverses of full rank must have the score of the
-direct solve with the same curvature and damping; the exit status is 1 if one has not.
+At the end, at every damping, the exit status is 1 unless
+
+* conjugate gradients and both low-rank inverses of full rank have the score of the direct solve
+  with the same curvature;
+* the score of EKFAC with the empirical Fisher matrix is that of kronfluence, and with sampled
+  labels not below it but for a tolerance;
+* the score of EKFAC with the type-2 Fisher matrix is not below that of kronfluence with sampled
+  labels by more than the standard error of that.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib
+import importlib.util
 import logging
 import time
 import warnings
@@ -33,6 +49,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from types import SimpleNamespace
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -46,7 +64,7 @@ from hessops.influence import (
     ArnoldiInfluence,
     CgInfluence,
     DirectInfluence,
-    InfluenceFunctionModel,
+    EkfacInfluence,
     InverseHarmonicMeanInfluence,
     LissaInfluence,
     NystroemSketchInfluence,
@@ -67,8 +85,13 @@ PATIENCE = 8
 # The damping, in multiples of the weight decay.
 FACTORS = (0.1, 1.0, 10.0, 100.0)
 RESAMPLES = 200
+# How often labels are drawn from the models, where a method does that.
+DRAWS = 5
 # How far the score of an exact inverse may be from that of the direct solve.
 TOLERANCE = 0.02
+# How far EKFAC with the labels of the points may be from that of kronfluence: both are the same
+# matrix in float64, and only ties in the ranks of the predictions are left to rounding.
+CLOSE = 1e-3
 # A rank beyond the size of any block; what takes a rank takes the size instead.
 FULL = 10**6
 
@@ -76,8 +99,155 @@ HESSIAN, GGN, EMPIRICAL = "hessian", "generalized_gauss_newton", "gauss_newton"
 BASELINE, REFERENCE = "gradient dot product, no inverse", "direct"
 EXACT = ("CG", "Arnoldi, Woodbury, rank P", "Nyström, rank P")
 
+# The end of the name of what draws labels.
+MONTE_CARLO = "Monte Carlo"
+EKFAC, SAMPLED, LABELS = "EKFAC", f"EKFAC, {MONTE_CARLO}", "EKFAC, empirical"
+PEER_SAMPLED, PEER_LABELS = f"kronfluence EKFAC, {MONTE_CARLO}", "kronfluence EKFAC, empirical"
+
+Batch = tuple[Tensor, Tensor]
 Parameters = dict[str, Tensor]
-Recipe = Callable[[nn.Module, nn.Module, float], InfluenceFunctionModel]
+
+
+class Explanation(Protocol):
+    """What is asked of an influence model."""
+
+    def fit(self, batches: list[Batch]) -> Self:
+        """Sees the training points."""
+
+    def with_regularization(self, damping: float) -> Self:
+        """The same at another damping."""
+
+    def influences(self, x_test: Tensor, y_test: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """``(tests, n)``."""
+
+
+Recipe = Callable[[nn.Module, nn.Module, float], Explanation]
+
+
+# --- Kronecker factors -----------------------------------------------------------------------
+
+
+def kronecker(model: nn.Module, loss: nn.Module, damping: float, **settings: object) -> Explanation:
+    return EkfacInfluence(model, regularization=damping, loss=loss, **settings)
+
+
+def peer_modules() -> SimpleNamespace:
+    """What is needed of kronfluence, by the last part of its name."""
+    names = (
+        "analyzer",
+        "arguments",
+        "factor.covariance",
+        "factor.eigen",
+        "score.pairwise",
+        "task",
+        "utils.state",
+    )
+    found = {n.split(".")[-1]: importlib.import_module(f"kronfluence.{n}") for n in names}
+    return SimpleNamespace(**found)
+
+
+def classification() -> object:
+    """A task of kronfluence: the sums of losses, so that gradients are those of single points."""
+
+    class Classification(peer_modules().task.Task):
+        """Of labels, or of some that are drawn from the model."""
+
+        def compute_train_loss(
+            self, batch: Batch, model: nn.Module, sample: bool = False
+        ) -> Tensor:
+            """What factors and gradients are those of."""
+            x, y = batch
+            output = model(x)
+            if sample:
+                y = torch.multinomial(output.detach().softmax(dim=1), 1).flatten()
+            return nn.functional.cross_entropy(output, y, reduction="sum")
+
+        def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:
+            """The loss here too."""
+            return self.compute_train_loss(batch, model)
+
+    return Classification()
+
+
+class Batches(list[Batch]):
+    """Batches, and the `dataset` by which kronfluence counts the points."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        super().__init__(batches)
+        self.dataset = torch.cat([y for _, y in self])
+
+
+class KronfluenceEkfac:
+    """The EKFAC of kronfluence, in memory and in float64, with one λ for all layers.
+
+    Factors are means over the points, as in `hessops`, and damped by λ itself; kronfluence's own
+    choice, 0.1 times the mean eigenvalue of each layer, is none that other methods could share.
+
+    Args:
+        model: A network in float64.
+        loss: The cross-entropy.
+        damping: λ.
+        empirical: Whether labels are those of the points, or drawn from the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: nn.Module, damping: float, *, empirical: bool
+    ) -> None:
+        assert isinstance(loss, nn.CrossEntropyLoss)
+        self.modules = peer_modules()
+        self.damping, self.task = damping, classification()
+        dtypes = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
+        self.common = {
+            "model": self.modules.analyzer.prepare_model(copy.deepcopy(model), self.task),
+            "state": self.modules.state.State(cpu=True),
+            "factor_args": self.modules.arguments.FactorArguments(
+                strategy="ekfac",
+                use_empirical_fisher=empirical,
+                covariance_max_examples=None,
+                lambda_max_examples=None,
+                **{f"{name}_dtype": torch.float64 for name in dtypes},
+            ),
+            "disable_tqdm": True,
+        }
+
+    def fit(self, batches: list[Batch]) -> Self:
+        """Factors, their eigenvectors, and the corrected eigenvalues."""
+        covariance, eigen = self.modules.covariance, self.modules.eigen
+        data = {"task": self.task, "loader": Batches(batches)}
+        _, covariances = covariance.fit_covariance_matrices_with_loader(**data, **self.common)
+        self.factors = eigen.perform_eigendecomposition(covariances, **self.common)
+        _, corrected = eigen.fit_lambda_matrices_with_loader(
+            eigen_factors=self.factors, **data, **self.common
+        )
+        self.factors |= corrected
+        return self
+
+    def with_regularization(self, damping: float) -> Self:
+        """The same factors."""
+        changed = copy.copy(self)
+        changed.damping = damping
+        return changed
+
+    def influences(self, x_test: Tensor, y_test: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Its pairwise scores, ``(tests, n)``."""
+        dtypes = ("per_sample_gradient", "precondition", "score")
+        score_args = self.modules.arguments.ScoreArguments(
+            damping_factor=self.damping, **{f"{name}_dtype": torch.float64 for name in dtypes}
+        )
+        scores = self.modules.pairwise.compute_pairwise_scores_with_loaders(
+            loaded_factors=self.factors,
+            task=self.task,
+            query_loader=Batches([(x_test, y_test)]),
+            per_device_query_batch_size=len(y_test),
+            train_loader=Batches([(x, y)]),
+            score_args=score_args,
+            tracked_module_names=None,
+            **self.common,
+        )
+        return scores["all_modules"]
+
+
+# --- the methods -----------------------------------------------------------------------------
 
 # From a model, its loss and a damping to the influence model that is fitted.
 METHODS: dict[str, Recipe] = {
@@ -85,6 +255,9 @@ METHODS: dict[str, Recipe] = {
     "direct, empirical": partial(DirectInfluence, second_order_mode=EMPIRICAL),
     "harmonic mean, empirical": InverseHarmonicMeanInfluence,
     REFERENCE: partial(DirectInfluence, second_order_mode=GGN),
+    "direct, layer by layer": partial(
+        DirectInfluence, second_order_mode=GGN, block_structure="layer_wise"
+    ),
     "CG": partial(CgInfluence, second_order_mode=GGN),
     "LiSSA, scale='auto'": partial(
         LissaInfluence, second_order_mode=GGN, scale="auto", rtol=1e-2, maxiter=1000
@@ -98,6 +271,14 @@ METHODS: dict[str, Recipe] = {
     "Arnoldi, rank 100": partial(ArnoldiInfluence, second_order_mode=GGN, rank=100),
     "Nyström, rank P": partial(NystroemSketchInfluence, second_order_mode=GGN, rank=FULL),
     "Nyström, rank 100": partial(NystroemSketchInfluence, second_order_mode=GGN, rank=100),
+    "KFAC": partial(kronecker, update_diagonal=False),
+    EKFAC: partial(kronecker, update_diagonal=True),
+    f"KFAC, {MONTE_CARLO}": partial(kronecker, update_diagonal=False, fisher_type="monte-carlo"),
+    SAMPLED: partial(kronecker, update_diagonal=True, fisher_type="monte-carlo"),
+    PEER_SAMPLED: partial(KronfluenceEkfac, empirical=False),
+    "KFAC, empirical": partial(kronecker, update_diagonal=False, fisher_type="empirical"),
+    LABELS: partial(kronecker, update_diagonal=True, fisher_type="empirical"),
+    PEER_LABELS: partial(KronfluenceEkfac, empirical=True),
 }
 
 
@@ -261,18 +442,24 @@ class Sweep:
     remarks: dict[float, str]
 
 
-def smallest_eigenvalue(fit: InfluenceFunctionModel) -> float:
+def smallest_eigenvalue(fit: Explanation) -> float:
     """Of the undamped matrix of a direct solve; 0 for other methods, which check for themselves."""
     if not isinstance(fit, DirectInfluence):
         return 0.0
-    (block,) = fit.fitted.blocks.values()
-    return float(torch.linalg.eigvalsh(block.kept.to_dense())[0])
+    blocks = fit.fitted.blocks.values()
+    return min(float(torch.linalg.eigvalsh(block.kept.to_dense())[0]) for block in blocks)
 
 
-def swept(recipe: Recipe, models: list[nn.Module], data: Problem, dampings: list[float]) -> Sweep:
+def swept(
+    recipe: Recipe,
+    models: list[nn.Module],
+    data: Problem,
+    dampings: list[float],
+    seed: int = SKETCH_SEED,
+) -> Sweep:
     fits = []
     for model in models:
-        torch.manual_seed(SKETCH_SEED)
+        torch.manual_seed(seed)
         fits.append(recipe(model, LOSS, max(dampings)).fit([(data.x, data.y)]))
     smallest = min(smallest_eigenvalue(fit) for fit in fits)
     sweep = Sweep({}, {})
@@ -303,12 +490,24 @@ def swept(recipe: Recipe, models: list[nn.Module], data: Problem, dampings: list
 
 @dataclass(frozen=True)
 class Row:
-    """What the table says of one method: its scores by damping, and the rest."""
+    """What the table says of one method.
+
+    Attributes:
+        name: Of the method.
+        scores: Damping -> LDS, a mean where labels are drawn.
+        spreads: Damping -> its standard deviation over the draws, where labels are drawn.
+        errors: Damping -> standard error of the LDS, of the first draw.
+        remarks: Damping -> what is to be said.
+        own: The damping that belongs to the training.
+        seconds: For all models and dampings, and one draw.
+    """
 
     name: str
     scores: dict[float, float]
+    spreads: dict[float, float]
+    errors: dict[float, float]
     remarks: dict[float, str]
-    error: float | None
+    own: float
     seconds: float
 
     def __str__(self) -> str:
@@ -316,20 +515,37 @@ class Row:
         for damping in {**self.scores, **self.remarks}:
             score, remark = self.scores.get(damping), self.remarks.get(damping, "")
             cells.append((damping, remark if score is None else f"{remark}{score:.3f}"))
-        error = "" if self.error is None else f"{self.error:.3f}"
-        return (
+        error = f"{self.errors[self.own]:.3f}" if self.own in self.errors else ""
+        line = (
             f"{self.name:34}"
             + "".join(f"{cell:>12}" for _, cell in sorted(cells))
             + f"{error:>8}{self.seconds:8.1f}"
         )
+        if self.spreads:
+            spreads = "".join(f"{'± ' + format(s, '.3f'):>12}" for s in self.spreads.values())
+            line += f"\n{'':34}{spreads}"
+        return line
 
 
-def row(name: str, sweep: Sweep, data: Problem, losses: Tensor, own: float, start: float) -> Row:
-    predictions = {damping: -data.sums(found) for damping, found in sweep.influences.items()}
-    seconds = time.perf_counter() - start
-    scores = {damping: lds(found, losses) for damping, found in predictions.items()}
-    error = standard_error(predictions[own], losses) if own in predictions else None
-    return Row(name, scores, sweep.remarks, error, seconds)
+def row(
+    name: str, sweeps: list[Sweep], data: Problem, losses: Tensor, own: float, seconds: float
+) -> Row:
+    """Of one sweep, or one for each draw of labels."""
+    predictions = [
+        {damping: -data.sums(found) for damping, found in sweep.influences.items()}
+        for sweep in sweeps
+    ]
+    first = predictions[0]
+    scores = {damping: [lds(p[damping], losses) for p in predictions] for damping in first}
+    return Row(
+        name,
+        {damping: float(np.mean(found)) for damping, found in scores.items()},
+        {d: float(np.std(found, ddof=1)) for d, found in scores.items() if len(found) > 1},
+        {damping: standard_error(found, losses) for damping, found in first.items()},
+        sweeps[0].remarks,
+        own,
+        seconds,
+    )
 
 
 def described(data: Problem, arguments: argparse.Namespace) -> str:
@@ -368,6 +584,25 @@ def disagreements(rows: dict[str, Row]) -> list[str]:
     return found
 
 
+def shortfalls(rows: dict[str, Row]) -> list[str]:
+    """Where EKFAC is not what kronfluence has, or worse."""
+    labels, sampled = rows[PEER_LABELS], rows[PEER_SAMPLED]
+    found = []
+    for damping, expected in labels.scores.items():
+        score = rows[LABELS].scores[damping]
+        if not abs(score - expected) <= CLOSE:
+            found.append(f"{LABELS} at λ = {damping:g}: {score:.4f}, kronfluence {expected:.4f}")
+    for damping, other in sampled.scores.items():
+        for name, allowed in ((SAMPLED, TOLERANCE), (EKFAC, sampled.errors[damping])):
+            score = rows[name].scores[damping]
+            if not score >= other - allowed:
+                found.append(
+                    f"{name} at λ = {damping:g}: {score:.3f}, less than {other:.3f} of "
+                    f"kronfluence with sampled labels by more than {allowed:.3f}"
+                )
+    return found
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # Each with its value for --quick.
@@ -397,6 +632,8 @@ def main() -> None:
     torch.set_num_threads(1)
     # What stops short is marked in the table.
     logging.getLogger("hessops").setLevel(logging.CRITICAL)
+    # Deprecated parts of torch that kronfluence uses.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     began = time.perf_counter()
     data = problem(arguments.points, arguments.tests, arguments.subsets)
     print(described(data, arguments))
@@ -414,13 +651,23 @@ def main() -> None:
     seconds = time.perf_counter() - start
     score, error = lds(products, losses), standard_error(products, losses)
     print(f"{BASELINE:34}{score:12.3f}{'':36}{error:8.3f}{seconds:8.1f}")
-    rows = {}
+    rows: dict[str, Row] = {}
+    has_peer = importlib.util.find_spec("kronfluence") is not None
     for name, recipe in METHODS.items():
+        if name in (PEER_SAMPLED, PEER_LABELS) and not has_peer:
+            print(f"{name:34}  not installed")
+            continue
+        seeds = [SKETCH_SEED + k for k in range(DRAWS if name.endswith(MONTE_CARLO) else 1)]
         start = time.perf_counter()
-        sweep = swept(recipe, models, data, dampings)
-        rows[name] = row(name, sweep, data, losses, arguments.decay, start)
+        sweeps = [swept(recipe, models, data, dampings, seed) for seed in seeds]
+        seconds = (time.perf_counter() - start) / len(seeds)
+        rows[name] = row(name, sweeps, data, losses, arguments.decay, seconds)
         print(rows[name], flush=True)
     print("curvature: generalized Gauss-Newton where none is named. * at λ = c.")
+    print(
+        "Monte Carlo: that with one label a point, drawn from the model; means and standard "
+        f"deviations\nof {DRAWS} draws, seconds of one."
+    )
     print("~: stopped short of its tolerance. indefinite: A + λI is, for one of the models.")
     print(f"the whole run took {time.perf_counter() - began:.0f} s")
 
@@ -428,6 +675,16 @@ def main() -> None:
     if wrong:
         raise SystemExit("\n".join(["exact inverses that differ from the direct solve:", *wrong]))
     print(f"CG and low rank at rank P: within {TOLERANCE} of the direct solve at every damping")
+    if not has_peer:
+        return
+    wrong = shortfalls(rows)
+    if wrong:
+        raise SystemExit("\n".join(["EKFAC that falls short of kronfluence's:", *wrong]))
+    print(
+        f"EKFAC: within {CLOSE:g} of kronfluence's with the empirical Fisher matrix, not below it "
+        f"by more\nthan {TOLERANCE} with sampled labels, nor with type-2 by more than a standard "
+        "error, at every damping"
+    )
 
 
 if __name__ == "__main__":
