@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from influence_cases import CASES, Problem
+from kronecker_cases import CASES as KRONECKER_CASES
+from kronecker_cases import problem as kronecker_problem
 from reference import random_spd, relative_error
 from solver_cases import true_residuals
 from test_layers import LAYERS, OPERATORS, case
@@ -16,8 +19,10 @@ from torch import nn
 from hessops import (
     CgOperator,
     DirectSolveOperator,
+    EkfacOperator,
     GeneralizedGaussNewtonOperator,
     JacobiPreconditioner,
+    KfacOperator,
     LissaOperator,
     MatrixOperator,
     MinresOperator,
@@ -107,3 +112,26 @@ def test_influences_equal_those_on_the_cpu(case: str, mode: str, tmp_path: Path)
     lazy = SequentialInfluenceCalculator(built).influences([test], problem.batches((3, 3, 1)), mode)
     assert relative_error(lazy.compute(), expected) < 1e-6
     assert lazy.to_zarr(tmp_path / "stored").shape == expected.shape
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "monte-carlo", "empirical"])
+@pytest.mark.parametrize("kind", [KfacOperator, EkfacOperator])
+@pytest.mark.parametrize("name", KRONECKER_CASES)
+def test_kronecker_factors_equal_those_on_the_cpu(
+    name: str, kind: type[KfacOperator], fisher_type: str
+) -> None:
+    given = kronecker_problem(name)
+
+    def made(model: nn.Module) -> KfacOperator:
+        generator = torch.Generator().manual_seed(0)
+        batches = [(given.x, given.y)]
+        return kind(model, given.loss, batches, fisher_type, generator=generator)
+
+    on_cpu = made(given.model)
+    vectors = torch.randn(3, on_cpu.input_size, dtype=torch.float64)
+    expected = on_cpu.inverse(regularization=1e-2).apply(vectors)
+    moved = on_cpu.to("cuda").inverse(regularization=1e-2).apply(vectors)
+    built = made(copy.deepcopy(given.model).cuda()).inverse(regularization=1e-2).apply(vectors)
+    for result in (moved, built):
+        assert result.device.type == "cuda"
+        assert relative_error(result.cpu(), expected) < 1e-8

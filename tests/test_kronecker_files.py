@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hessops import Damping, EkfacOperator, KfacOperator, load_factors
 from hessops.errors import SingularOperatorError, StoreError

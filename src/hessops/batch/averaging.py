@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from math import isfinite
 
-import torch
 from torch import Tensor
 
 from hessops.errors import ArgumentError, DataError, ShapeError
@@ -63,16 +62,17 @@ class Averaging(ABC):
                 )
             dtype = value.dtype
             if total is None:
-                total = torch.zeros_like(value, dtype=accumulation_dtype(dtype))
-            if value.shape != total.shape:
+                total = weight * value.to(accumulation_dtype(dtype))
+            elif value.shape != total.shape:
                 raise ShapeError(
                     f"values must have one shape, got {tuple(total.shape)} and {tuple(value.shape)}"
                 )
-            total.add_(value, alpha=weight)
+            else:
+                total.add_(value, alpha=weight)
             total_weight += weight
         if total is None or total_weight == 0:
             raise DataError("there is nothing to average: no batches, or all of weight zero")
-        return (total / total_weight).to(dtype)
+        return total.div_(total_weight).to(dtype)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -106,15 +106,21 @@ def sampled_root(
         StructureError, MemoryLimitError: As of `hessian_root`.
     """
     structure = _structured(objective, output, batch)
-    seeds = torch.randint(2**62, (batch.size,), generator=generator, device=generator.device)
-    shape = (num_samples, structure.draws)
-    drawn = [
+    seeds = torch.randint(2**53, (batch.size,), generator=generator, device=generator.device)
+    uniform = _uniform(seeds, (num_samples, structure.draws)).to(structure.device)
+    columns = structure.sampled(uniform).movedim(1, 0) / num_samples**0.5
+    return OutputRoot(structure.shapes, num_samples, lambda start, stop: columns[start:stop])
+
+
+def _uniform(seeds: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Uniform numbers ``(n, *shape)``, those of each point from a generator with its seed."""
+    if shape == (1, 1):  # a seed of 53 bits is as random as a number
+        return (seeds.double() / 2**53).reshape(-1, 1, 1)
+    rows = [
         torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for seed in seeds.tolist()
     ]
-    uniform = torch.stack(drawn).to(structure.device)
-    columns = structure.sampled(uniform).movedim(1, 0) / num_samples**0.5
-    return OutputRoot(structure.shapes, num_samples, lambda start, stop: columns[start:stop])
+    return torch.stack(rows)
 
 
 # --- structures --------------------------------------------------------------------------
@@ -142,7 +148,7 @@ class _Diagonal:
         def columns(start: int, stop: int) -> Tensor:
             which = active[start:stop]
             flat = roots.new_zeros(len(which), *roots.shape)
-            flat[torch.arange(len(which)), :, which] = roots[:, which].T
+            flat[torch.arange(len(which), device=which.device), :, which] = roots[:, which].T
             return flat
 
         return OutputRoot(self.shapes, len(active), columns)

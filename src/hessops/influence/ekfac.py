@@ -246,8 +246,6 @@ class EkfacInfluence(InfluenceFunctionModel):
 
     # --- by layer -------------------------------------------------------------------------
 
-    # --- by layer -------------------------------------------------------------------------
-
     def influence_factors_by_layer(self, x: object, y: object) -> dict[str, Tensor]:
         """As `influence_factors_by_block`: name of a module -> ``(n, P_layer)``."""
         return self.influence_factors_by_block(x, y)

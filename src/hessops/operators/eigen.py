@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from hessops.errors import ShapeError, SingularOperatorError, StructureError
+from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.space import ParameterSpace
-from hessops.validation import checked_floating, checked_number, checked_regularization
+from hessops.validation import (
+    checked_floating,
+    checked_number,
+    checked_regularization,
+    checked_rows,
+)
 
 # Without a regularization, eigenvalues below this multiple of n·ε of the largest count as zero.
 CUTOFF_FACTOR = 10
@@ -44,6 +51,9 @@ class EigenOperator(TensorOperator):
         (tensor([1.0000, 4.0000]), 5.0)
         >>> K.power(0.5).apply(torch.ones(2)).round(decimals=4)
         tensor([1., 2.])
+        >>> v = torch.ones(2)
+        >>> bool((K.to_eigenbasis(K.apply(v)) - K.eigenvalues * K.to_eigenbasis(v)).norm() < 1e-5)
+        True
     """
 
     def __init__(self, eigenvalues: Tensor, *, space: ParameterSpace | None = None) -> None:
@@ -77,6 +87,28 @@ class EigenOperator(TensorOperator):
         """d, ``(n,)``, in the order of the columns of Q."""
         return self._eigenvalues
 
+    def to_eigenbasis(self, tensor: Tensor) -> Tensor:
+        r""":math:`Q^\top v` for a vector ``(n,)``, or for every row of a ``(k, n)`` stack.
+
+        Raises:
+            ShapeError, DtypeError, NonFiniteError: `tensor` does not fit.
+        """
+        return self._turned(tensor, self._into_basis)
+
+    def from_eigenbasis(self, tensor: Tensor) -> Tensor:
+        """Q v, the inverse of `to_eigenbasis`.
+
+        Raises:
+            ShapeError, DtypeError, NonFiniteError: `tensor` does not fit.
+        """
+        return self._turned(tensor, self._out_of_basis)
+
+    def _turned(self, tensor: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
+        with isolated(self.device):
+            rows = checked_rows(tensor, self.input_size, self.dtype, self.device)
+            turned = turn(rows)
+        return turned if tensor.ndim == 2 else turned[0]
+
     def mapped(self, eigenvalues: Tensor) -> EigenOperator:
         """The operator with the same Q and other eigenvalues.
 
@@ -106,7 +138,7 @@ class EigenOperator(TensorOperator):
         r""":math:`A^p`, of a positive semi-definite operator.
 
         With p = 1/2 the symmetric square root; ``A.damped(λ).power(-0.5)`` maps standard normal
-        vectors to samples of :math:`N(0, (A + \\lambda I)^{-1})`.
+        vectors to samples of :math:`N(0, (A + \lambda I)^{-1})`.
 
         Args:
             exponent: p.

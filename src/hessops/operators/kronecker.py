@@ -63,8 +63,8 @@ class KfacOperator(BlockEigenOperator):
               B = \frac1N \sum_{i,c,t} b_{ict} b_{ict}^\top
 
     and with ``"reduce"`` the mean of a over the positions of a point and the sum of b take their
-    place (Eschenhagen et al. 2023). Exact for a single point at a single position with one column,
-    and for linear networks with squared errors.
+    place (Eschenhagen et al. 2023). Exact for a single point at a single position, and for linear
+    networks with squared errors.
 
     Layers are `torch.nn.Linear`, convolutions with any stride, padding, dilation and groups (a
     Kronecker product for each group) and `torch.nn.Embedding` (always ``"expand"``). A bias is a
@@ -104,6 +104,8 @@ class KfacOperator(BlockEigenOperator):
         DtypeError: Parameters of half precision.
         StructureError: A loss that is not convex in the output, or has no second derivative by it,
             with another `fisher_type` than ``"empirical"``.
+        MemoryLimitError: Its Hessian by the output has no structure and too many entries.
+        ModelError: The gradients of points do not add up to that of their sum.
         HessopsError: See `Objective` and `BatchStream`.
 
     Example:
@@ -203,7 +205,8 @@ class KfacOperator(BlockEigenOperator):
                 break
             except Demotion:
                 self._generator.set_state(state)
-        if not flat.isfinite().all():
+        # A sum is quick, and only where it overflows it says nothing of the entries.
+        if not flat.sum().isfinite() and not flat.isfinite().all():
             raise NonFiniteProductError(
                 f"{type(self).__name__}: a factor is NaN or infinite; check the scale of "
                 f"parameters and data, or use a wider dtype than {flat.dtype}"
