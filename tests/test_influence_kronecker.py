@@ -392,3 +392,26 @@ def test_what_is_what_is_printed() -> None:
         "block '': Exact('', Mixed) of 1",
     ):
         assert line in text
+
+
+def test_a_layer_may_be_none_for_some_points_only() -> None:
+    class SometimesTwice(nn.Module):
+        """Uses the weight of a layer once more for large inputs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            again = nn.functional.linear(x, self.layer.weight)
+            return self.head(torch.tanh(self.layer(x)) + torch.where(x[:, :1] > 5, again, 0.0))
+
+    problem = Problem("perceptron")
+    problem.model = SometimesTwice().double()
+    influence = fitted(problem)
+    train = problem.x.clone()
+    train[0, 0] = 6.0
+    scores = influence.influences(problem.x_test, problem.y_test, train, problem.y)
+    test = problem.gradients(problem.x_test, problem.y_test)
+    expected = test @ dense(problem, True, 1e-3) @ problem.gradients(train, problem.y).T
+    assert relative_error(scores, expected) < 1e-9

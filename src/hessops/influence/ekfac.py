@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator
 from typing import Unpack
 
 import torch
@@ -14,11 +14,11 @@ from hessops.functional.layers import PRODUCT_BYTES
 from hessops.functional.layerwise import PointGradients
 from hessops.influence.gradients import finite
 from hessops.influence.model import CommonSettings, InfluenceFunctionModel
-from hessops.influence.modes import BlockMode, InfluenceMode, SecondOrderMode, checked_mode
+from hessops.influence.modes import BlockMode, SecondOrderMode
 from hessops.isolation import isolated
 from hessops.objective import Objective
 from hessops.operators.base import TensorOperator
-from hessops.operators.damping import BlockRegularization, Regularization
+from hessops.operators.damping import Regularization
 from hessops.operators.eigen import EigenOperator
 from hessops.operators.kronecker import EkfacOperator, KfacOperator
 from hessops.operators.kronecker_block import KroneckerOperator
@@ -36,7 +36,9 @@ class EkfacInfluence(InfluenceFunctionModel):
     (Martens & Grosse 2015) or EKFAC (George et al. 2018; for influences Grosse et al. 2023). See
     `hessops.KfacOperator` for what a layer is, what becomes of all other parameters, and the
     arguments from `fisher_type` to `eigh_dtype`. The blocks are the layers, under the names of
-    their modules.
+    their modules: `influences_by_layer`, `influence_factors_by_layer` and
+    `influences_from_factors_by_layer` are the methods by block of all models, and
+    `explore_hessian_regularization` is `explore_regularization`.
 
     Without a regularization it is the pseudo-inverse of each block: eigenvalues below 10·m·ε of the
     largest of the block are left out, with ε the precision of the dtype and m the size of the
@@ -167,7 +169,7 @@ class EkfacInfluence(InfluenceFunctionModel):
     def factors_of(self, batch: Batch) -> Tensor:
         """As `influence_factors`, of a batch that was checked."""
         fitted = self.fitted
-        gradients, others = self._in_eigenbases(batch)
+        gradients = self._in_eigenbases(batch)
         space = fitted.space
         factors = torch.empty(batch.size, space.size, dtype=space.dtype, device=space.device)
         with isolated(space.device):
@@ -176,63 +178,60 @@ class EkfacInfluence(InfluenceFunctionModel):
                 for points in _pieces(batch.size, inverse):
                     images = self._images(gradients, name, points).flatten(1)
                     factors[points, fitted.positions[name]] = inverse._out_of_basis(images)
-        for name in others:
-            rows = fitted.provider.rows_by(batch, fitted.blocks[name].space.names)
-            factors[:, fitted.positions[name]] = self.inverses[name].apply(rows)
+        for name, rows in self._other_factors(batch, gradients.layers).items():
+            factors[:, fitted.positions[name]] = rows
         return factors
 
-    def influences(
-        self,
-        x_test: object,
-        y_test: object,
-        x: object = None,
-        y: object = None,
-        mode: InfluenceMode | str = InfluenceMode.UP,
-    ) -> Tensor:
-        """See `InfluenceFunctionModel.influences`; in mode UP nothing leaves the eigenbases."""
-        if checked_mode(mode, InfluenceMode, "mode") is not InfluenceMode.UP:
-            return super().influences(x_test, y_test, x, y, mode)
-        return torch.stack([*self.influences_by_block(x_test, y_test, x, y).values()]).sum(dim=0)
+    def _scored(self, test: Batch, train: Batch) -> Tensor:
+        return torch.stack([*self._scored_by_block(test, train).values()]).sum(dim=0)
 
-    def influences_by_block(
-        self,
-        x_test: object,
-        y_test: object,
-        x: object = None,
-        y: object = None,
-        mode: InfluenceMode | str = InfluenceMode.UP,
-    ) -> dict[str, Tensor]:
-        """See `InfluenceFunctionModel.influences_by_block`; the blocks are the layers."""
-        if checked_mode(mode, InfluenceMode, "mode") is not InfluenceMode.UP:
-            return super().influences_by_block(x_test, y_test, x, y, mode)
+    def _scored_by_block(self, test: Batch, train: Batch) -> dict[str, Tensor]:
+        """By layer, without leaving the eigenbases."""
         fitted = self.fitted
-        test, train = self._pair(x_test, y_test, x, y)
-        of_test, others = self._in_eigenbases(test)
-        of_train = of_test if train is test else self._in_eigenbases(train)[0]
+        of_test = self._in_eigenbases(test)
+        of_train = of_test if train is test else self._in_eigenbases(train)
+        layers = [name for name in of_test.layers if name in of_train.layers]
         scores = {}
         with isolated(fitted.space.device):
-            for name in of_test.layers:
+            for name in layers:
                 pieces = [
                     of_train.inner_products(name, self._images(of_test, name, points))
                     for points in _pieces(test.size, self._kronecker_inverse(name))
                 ]
                 scores[name] = finite(torch.cat(pieces))
-        for name in others:
-            names = fitted.blocks[name].space.names
-            factors = self.inverses[name].apply(fitted.provider.rows_by(test, names))
-            scores[name] = fitted.provider.products_by(train, factors, names)
+        others = self._other_factors(test, layers)
+        if others:
+            spaces = {name: fitted.blocks[name].space for name in others}
+            stack = {
+                key: part for n in others for key, part in spaces[n].unflatten(others[n]).items()
+            }
+            products = fitted.provider.products_of(train, stack, spaces.values())
+            scores |= {name: products[space.names] for name, space in spaces.items()}
         return {name: scores[name] for name in fitted.blocks}
 
-    def _in_eigenbases(self, batch: Batch) -> tuple[PointGradients, list[str]]:
-        """The gradients of points by the layers with Kronecker factors, and all other blocks."""
+    def _in_eigenbases(self, batch: Batch) -> PointGradients:
+        """The gradients of points by the layers with Kronecker factors."""
         found = self.fitted.provider.by_layer(batch)
         bases = {}
         for name, inverse in self.inverses.items():
             if name in found.layers and isinstance(inverse, KroneckerOperator):
                 bases[name] = (inverse.input_basis, inverse.output_basis)
         with isolated(self.fitted.space.device):
-            rotated = found.rotated(bases)
-        return rotated, [name for name in self.block_names if name not in bases]
+            return found.rotated(bases)
+
+    def _other_factors(self, batch: Batch, layers: Container[str]) -> dict[str, Tensor]:
+        """The factors of points by all other blocks, ``(n, P_block)``."""
+        spaces = {n: b.space for n, b in self.fitted.blocks.items() if n not in layers}
+        if not spaces:
+            return {}
+        names = [name for space in spaces.values() for name in space.names]
+        parts = self.fitted.provider.rows_by(batch, names)
+        return {
+            name: self.inverses[name].apply(
+                torch.cat([parts[key].flatten(1) for key in space.names], dim=1)
+            )
+            for name, space in spaces.items()
+        }
 
     def _kronecker_inverse(self, name: str) -> KroneckerOperator:
         inverse = self.inverses[name]
@@ -246,36 +245,10 @@ class EkfacInfluence(InfluenceFunctionModel):
 
     # --- by layer -------------------------------------------------------------------------
 
-    def influence_factors_by_layer(self, x: object, y: object) -> dict[str, Tensor]:
-        """As `influence_factors_by_block`: name of a module -> ``(n, P_layer)``."""
-        return self.influence_factors_by_block(x, y)
-
-    def influences_from_factors_by_layer(
-        self,
-        factors: Mapping[str, Tensor] | Tensor,
-        x: object,
-        y: object,
-        mode: InfluenceMode | str = InfluenceMode.UP,
-    ) -> dict[str, Tensor]:
-        """As `influences_from_factors_by_block`: name of a module -> ``(m, n)``."""
-        return self.influences_from_factors_by_block(factors, x, y, mode)
-
-    def influences_by_layer(
-        self,
-        x_test: object,
-        y_test: object,
-        x: object = None,
-        y: object = None,
-        mode: InfluenceMode | str = InfluenceMode.UP,
-    ) -> dict[str, Tensor]:
-        """As `influences_by_block`: name of a module -> ``(m, n)``; their sum is `influences`."""
-        return self.influences_by_block(x_test, y_test, x, y, mode)
-
-    def explore_hessian_regularization(
-        self, x: object, y: object, values: Iterable[BlockRegularization]
-    ) -> dict[BlockRegularization, dict[str, Tensor]]:
-        """As `explore_regularization`: value -> name of a module -> ``(n, n)``."""
-        return self.explore_regularization(x, y, values)
+    influence_factors_by_layer = InfluenceFunctionModel.influence_factors_by_block
+    influences_from_factors_by_layer = InfluenceFunctionModel.influences_from_factors_by_block
+    influences_by_layer = InfluenceFunctionModel.influences_by_block
+    explore_hessian_regularization = InfluenceFunctionModel.explore_regularization
 
 
 def _pieces(size: int, inverse: KroneckerOperator) -> Iterator[slice]:

@@ -151,8 +151,8 @@ class GradientProvider:
         with self._state("the points' gradients"):
             return PointGradients.of(self._matrices, batch)
 
-    def rows_by(self, batch: Batch, names: Iterable[str]) -> Tensor:
-        """As `rows`, by some of the parameters only, in the order of the space.
+    def rows_by(self, batch: Batch, names: Iterable[str]) -> Stack:
+        """As `rows`, by some of the parameters only, ``{name: (n, *shape)}``.
 
         Raises:
             ParameterNameError: A name that is not in `space`, or none.
@@ -160,7 +160,7 @@ class GradientProvider:
         """
         fewer = self.objective.restricted(names)
         with self._state("the points' gradients"):
-            return finite(self._per_sample.verified(fewer, batch))
+            return fewer.space.unflatten(finite(self._per_sample.verified(fewer, batch)))
 
     def _others(self, found: PointGradients) -> list[str]:
         """The parameters that no layer is known to apply as a matrix."""
@@ -284,16 +284,17 @@ class GradientProvider:
     ) -> dict[tuple[str, ...], Tensor]:
         return self._stacked_by_block(batch, self.space.unflatten(g), blocks, kind)
 
-    def products_by(self, batch: Batch, rows: Tensor, names: Iterable[str]) -> Tensor:
-        """As `products`, with rows ``(m, p)`` of some of the parameters, in the order of the space.
+    def products_of(
+        self, batch: Batch, stack: Stack, blocks: Iterable[ParameterSpace]
+    ) -> dict[tuple[str, ...], Tensor]:
+        """As `block_products`, by differentiation of the whole model for some parameters only.
 
-        Raises:
-            ParameterNameError: A name that is not in `space`, or none.
+        Args:
+            batch: n points that were checked.
+            stack: ``{name: (m, *shape)}``, of the parameters in `blocks`.
+            blocks: Blocks of parameters.
         """
-        block = self.space.subspace(names)
-        stack = block.unflatten(rows)
-        (product,) = self._stacked_by_block(batch, stack, [block], _Scores).values()
-        return product
+        return self._stacked_by_block(batch, stack, blocks, _Scores)
 
     def _stacked_by_block(
         self,

@@ -552,12 +552,16 @@ class InfluenceFunctionModel(ABC):
             HessopsError: As of `influence_factors` and `influences_from_factors`.
         """
         mode = checked_mode(mode, InfluenceMode, "mode")
-        provider = self.fitted.provider
         test, train = self._pair(x_test, y_test, x, y)
-        form = BilinearForm.of(self.inverse)
         if mode is InfluenceMode.UP:
-            return form.grads_inner_prod(test, None if train is test else train, provider)
-        return form.mixed_grads_inner_prod(test, train, provider)
+            return self._scored(test, train)
+        form = BilinearForm.of(self.inverse)
+        return form.mixed_grads_inner_prod(test, train, self.fitted.provider)
+
+    def _scored(self, test: Batch, train: Batch) -> Tensor:
+        """The hook for `influences` in mode UP; `train` may be `test` itself."""
+        form, other = BilinearForm.of(self.inverse), None if train is test else train
+        return form.grads_inner_prod(test, other, self.fitted.provider)
 
     def self_influence(self, x: object, y: object) -> Tensor:
         """The influence of each point on itself, ``(n,)``: the diagonal of `influences`.
@@ -599,7 +603,13 @@ class InfluenceFunctionModel(ABC):
         """As `influences`, by block; the sum over blocks is what that returns."""
         mode = checked_mode(mode, InfluenceMode, "mode")
         test, train = self._pair(x_test, y_test, x, y)
+        if mode is InfluenceMode.UP:
+            return self._scored_by_block(test, train)
         return self.fitted.block_scores(self.factors_of(test), train, mode)
+
+    def _scored_by_block(self, test: Batch, train: Batch) -> dict[str, Tensor]:
+        """The hook for `influences_by_block` in mode UP; `train` may be `test` itself."""
+        return self.fitted.block_scores(self.factors_of(test), train, InfluenceMode.UP)
 
     def self_influence_by_block(self, x: object, y: object) -> dict[str, Tensor]:
         """As `self_influence`, by block; the sum over blocks is what that returns."""
