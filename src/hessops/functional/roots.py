@@ -268,7 +268,8 @@ def _structured(
     total = sum(part[0].numel() for part in parts)
     like = parts[0]
     seeded = torch.Generator().manual_seed(batch.position)
-    probe = torch.randn(batch.size, total, generator=seeded, dtype=torch.float64).to(like)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    probe = torch.randn(batch.size, total, generator=seeded, dtype=dtype).to(like)
     ones = torch.ones_like(probe)
     along_probe, along_ones = product(torch.stack([probe, ones]))
     precision = STRUCTURE_TOLERANCE * torch.finfo(like.dtype).eps
