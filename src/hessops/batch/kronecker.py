@@ -15,8 +15,8 @@ from torch.func import functional_call, vjp, vmap
 from hessops.errors import ArgumentError, HessopsError, ModelError
 from hessops.functional.capture import Call, CapturedRun
 from hessops.functional.gradients import vectorised_or_looped
-from hessops.functional.layers import MatrixLayer
-from hessops.functional.layerwise import Demotion, MatrixLayers, Probe
+from hessops.functional.layers import MatrixLayer, turned
+from hessops.functional.layerwise import MatrixLayers, Probe
 from hessops.functional.products import Params, Stack, StackedGradient, differentiable
 from hessops.functional.roots import OutputRoot, gradient_root, hessian_root, sampled_root
 from hessops.nested import differentiable_leaves
@@ -77,6 +77,10 @@ def require_kinds(fisher_type: object, kfac_approx: object) -> None:
         raise ArgumentError(
             f"kfac_approx must be one of {KFAC_APPROXIMATIONS}, got {kfac_approx!r}"
         )
+
+
+class Demotion(Exception):  # not an error: what was begun begins anew
+    """A layer turned out not to be what it was taken for."""
 
 
 class KroneckerEstimation:
@@ -166,12 +170,11 @@ class KroneckerEstimation:
             Demotion: A layer or module is none of the kind it was taken for: begin anew.
             ModelError: The gradients of the points alone do not add up to that of the batch.
         """
-        probe = Probe.of(run, batch)
-        try:
-            dims = self._matrices.dims(probe)
-        except Demotion:
+        probe, count = Probe.of(run, batch), len(self.layers)
+        dims = self._matrices.dims(probe)
+        if len(dims) < count:
             self._arrange()
-            raise
+            raise Demotion
         for name, block in self.exact.items():
             if not self._is_verified(block, probe, batch):
                 self.exact[name] = self._demoted_block(block, batch)
@@ -180,6 +183,7 @@ class KroneckerEstimation:
 
     def _is_verified(self, block: ExactBlock, probe: Probe, batch: Batch) -> bool:
         """Whether the gradients of the points add up, and follow from the call of the module."""
+        assert probe.expected is not None
         wanted = block.space.flatten({name: probe.expected[name] for name in block.space.names})
         columns = [weight.unsqueeze(0) for weight in probe.weights]
         if block.module is None:
@@ -280,18 +284,22 @@ class KroneckerEstimation:
             ModelError: A layer is none of the kind it was taken for, and was in the first pass.
         """
         run = CapturedRun(self.objective, batch, self._matrices.modules)
-        try:
-            dims = self._matrices.dims(Probe.of(run, batch), sums=False)
-        except Demotion:
+        dims = self._matrices.dims(Probe.of(run, batch, sums=False))
+        if len(dims) < len(bases):
             raise ModelError(
                 f"batch {batch.position}: the model runs otherwise than in the first pass"
-            ) from None
-        inputs = self._matrices.inputs(run, batch, dims)
+            )
+        # Rotated before the outer product: what is of the size of M is never multiplied by a basis.
+        inputs = {
+            name: turned(x, bases[name][0])
+            for name, x in self._matrices.inputs(run, batch, dims).items()
+        }
         root = self._root(run.output, batch)
         totals = dict(zip(self.layers, self.split(total, self.correction_shapes), strict=True))
         for _, outputs in self._columns(run, root, batch, dims):
             for name, x in inputs.items():
-                self.layers[name].add_squares(totals[name], x, outputs[name], *bases[name])
+                b = turned(outputs[name], bases[name][1])
+                self.layers[name].add_squares(totals[name], x, b)
 
     def split(self, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """What was joined in a flat tensor, in its shapes."""
@@ -318,8 +326,7 @@ class KroneckerEstimation:
         self, run: CapturedRun, root: OutputRoot, batch: Batch, dims: Mapping[str, list[int]]
     ) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
         """Some columns of the root at a time, with the gradients by the outputs of each layer."""
-        known = [c for calls in run.calls.values() for c in calls if c is not None]
-        bytes_each = sum(c.output.numel() * c.output.element_size() for c in known)
+        bytes_each = sum(output.numel() * output.element_size() for output in run.outputs)
         chunk = max(1, COLUMN_BYTES // (3 * bytes_each + 1))
         for start in range(0, root.count, chunk):
             columns = root.columns(start, start + chunk)

@@ -38,14 +38,11 @@ class _Recorder:
     calls: dict[str, list[Call | None]] = field(default_factory=dict)
     without_graph: set[str] = field(default_factory=set)
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
-    is_open: bool = True
 
     def hook_of(self, name: str) -> object:
         def record(
             module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
         ) -> object:
-            if not self.is_open:  # a checkpoint that recomputes what it did not keep
-                return None
             given = [*args, *kwargs.values()]
             mapped = len(given) == 1 and isinstance(given[0], Tensor)
             if not mapped or not isinstance(output, Tensor) or is_transformed(output):
@@ -134,6 +131,20 @@ class CapturedRun:
             return objective.output(self.leaves, batch.x)
 
     @property
+    def outputs(self) -> list[Tensor]:
+        """The outputs of all calls, by module in the order of `calls`."""
+        return [c.output for calls in self.calls.values() for c in calls if c is not None]
+
+    def _by_module(self, gradients: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """What is in the order of `outputs`, by name of the module."""
+        remaining = iter(gradients)
+        found = {
+            name: [next(remaining) for call in calls if call is not None]
+            for name, calls in self.calls.items()
+        }
+        return {name: some for name, some in found.items() if some}
+
+    @property
     def parts(self) -> list[Tensor]:
         """The floating-point tensors of the output."""
         return differentiable_leaves(self.output)
@@ -150,16 +161,15 @@ class CapturedRun:
         gradient_of = stacked_gradient or StackedGradient()
         # A model may compute its outputs in another dtype.
         columns = [column.to(part) for column, part in zip(columns, self.parts, strict=True)]
-        known = [(name, c) for name, calls in self.calls.items() for c in calls if c is not None]
-        if not known:
-            return {}
-        found = gradient_of(self.parts, [call.output for _, call in known], columns)
-        by_name: dict[str, list[Tensor]] = {}
-        for (name, _), gradient in zip(known, found, strict=True):
-            by_name.setdefault(name, []).append(gradient)
-        return by_name
+        outputs = self.outputs
+        return self._by_module(gradient_of(self.parts, outputs, columns)) if outputs else {}
 
-    def followed(
+    def follow(self, weights: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """As `gradients` of a single column, without its dimension: ``(*output)`` for each call."""
+        found = self.gradients([weight.unsqueeze(0) for weight in weights])
+        return {name: [gradient[0] for gradient in some] for name, some in found.items()}
+
+    def follow_to_parameters(
         self, weights: Sequence[Tensor]
     ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
         """Gradients by the outputs of the calls and by the parameters, in one backward pass.
@@ -170,14 +180,11 @@ class CapturedRun:
         Returns:
             Name of a module -> ``(*output)`` for each call; name of a parameter -> its shape.
         """
-        known = [(name, c) for name, calls in self.calls.items() for c in calls if c is not None]
-        inputs = [*(call.output for _, call in known), *self.leaves.values()]
-        columns = [weight.unsqueeze(0) for weight in weights]
-        found = [g[0] for g in StackedGradient()(self.parts, inputs, columns)]
-        by_name: dict[str, list[Tensor]] = {}
-        for (name, _), gradient in zip(known, found[: len(known)], strict=True):
-            by_name.setdefault(name, []).append(gradient)
-        return by_name, dict(zip(self.leaves, found[len(known) :], strict=True))
+        outputs, columns = self.outputs, [weight.unsqueeze(0) for weight in weights]
+        inputs = [*outputs, *self.leaves.values()]
+        found = [gradient[0] for gradient in StackedGradient()(self.parts, inputs, columns)]
+        by_parameter = dict(zip(self.leaves, found[len(outputs) :], strict=True))
+        return self._by_module(found[: len(outputs)]), by_parameter
 
 
 @contextmanager
@@ -189,6 +196,5 @@ def _hooked(modules: Mapping[str, nn.Module], recorder: _Recorder) -> Iterator[N
             handles.append(module.register_forward_hook(hook, with_kwargs=True))  # type: ignore[arg-type]  # as torch calls it
         yield
     finally:
-        recorder.is_open = False
         for handle in handles:
             handle.remove()

@@ -132,11 +132,6 @@ class MatrixLayer(ABC):
     # The dimension of `inputs` along which the positions lie.
     position_dim: ClassVar[int] = -2
 
-    def zeros(self, size: int) -> Tensor:
-        """The gradients of points that the layer has no share in, ``(n, P)``."""
-        space = self.form.space
-        return torch.zeros(size, space.size, dtype=space.dtype, device=space.device)
-
     @abstractmethod
     def fits(self, inputs: Tensor, outputs: Tensor, size: int, dim: int) -> bool:
         """Whether the points can lie along dimension `dim` of an input and an output.
@@ -187,19 +182,12 @@ class MatrixLayer(ABC):
         return sizes.sum()
 
     @abstractmethod
-    def add_squares(
-        self,
-        total: Tensor,
-        inputs: Tensor,
-        outputs: Tensor,
-        input_basis: Tensor | None,
-        output_basis: Tensor,
-    ) -> None:
-        r"""Adds the squared gradients of points and columns in the eigenbasis, summed over both.
+    def add_squares(self, total: Tensor, inputs: Tensor, outputs: Tensor) -> None:
+        r"""Adds the squared gradients of points and columns, summed over both.
 
-        .. math:: \sum_{n,c} \Bigl(\sum_t Q_B^\top b_{nct}\, (Q_A^\top a_{nt})^\top\Bigr)^{\odot 2}
+        .. math:: \sum_{n,c} \Bigl(\sum_t b_{nct}\, a_{nt}^\top\Bigr)^{\odot 2}
 
-        to ``(groups, outputs, inputs)``.
+        to ``(groups, outputs, inputs)``, for a and b in bases of their own (`turned`).
         """
 
 
@@ -270,25 +258,26 @@ class AffineLayer(MatrixLayer):
             total[:, points] = (rows.flatten(1) @ flat).T
         return total
 
-    def add_squares(
-        self,
-        total: Tensor,
-        inputs: Tensor,
-        outputs: Tensor,
-        input_basis: Tensor | None,
-        output_basis: Tensor,
-    ) -> None:
+    def add_squares(self, total: Tensor, inputs: Tensor, outputs: Tensor) -> None:
         """See `MatrixLayer.add_squares`; a single position needs no gradients of points."""
-        assert input_basis is not None
-        # Rotated before the outer product: what is of the size of M is never multiplied by a basis.
-        a = (inputs.flatten(1, 2) @ input_basis).reshape(inputs.shape)
-        b = (outputs.flatten(1, 3) @ output_basis).reshape(outputs.shape)
         if inputs.shape[2] == 1:
-            total.baddbmm_(b.square().sum(dim=1)[:, :, 0].mT, a.square()[:, :, 0])
+            total.baddbmm_(outputs.square().sum(dim=1)[:, :, 0].mT, inputs.square()[:, :, 0])
             return
-        for some_a, some_b in _pieces(a, b, self.form.space.size):
+        for some_a, some_b in _pieces(inputs, outputs, self.form.space.size):
             # (groups, k, n, outputs, inputs)
             total += (some_b.mT @ some_a.unsqueeze(1)).square_().sum(dim=(1, 2))
+
+
+def turned(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Inputs or gradients by outputs in another basis ``(groups, width, width)``; ``None`` is I.
+
+    Example:
+        >>> import torch
+        >>> from hessops.functional.layers import turned
+        >>> turned(torch.tensor([[[[1.0, 2.0]]]]), torch.eye(2).flip(0)[None])
+        tensor([[[[2., 1.]]]])
+    """
+    return rows if basis is None else (rows.flatten(1, -2) @ basis).reshape(rows.shape)
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
@@ -416,20 +405,13 @@ class EmbeddingLayer(MatrixLayer):
             [(matrix[0].T[tokens] * gradients).sum(dim=(1, 2)) for matrix in matrices]
         )
 
-    def add_squares(
-        self,
-        total: Tensor,
-        inputs: Tensor,
-        outputs: Tensor,
-        input_basis: Tensor | None,
-        output_basis: Tensor,
-    ) -> None:
+    def add_squares(self, total: Tensor, inputs: Tensor, outputs: Tensor) -> None:
         """See `MatrixLayer.add_squares`; only the rows of the tokens that occur are made."""
         _, width, vocabulary = self.form.shape
         known, keys = self._keys(inputs)
         pairs, where = torch.unique(keys, return_inverse=True)
         rows_of_tokens = total[0].mT
-        for column in outputs[0] @ output_basis[0]:
+        for column in outputs[0]:
             rows = column.new_zeros(len(pairs), width)
             rows.index_add_(0, where, column.flatten(0, 1)[known])
             rows_of_tokens.index_add_(0, pairs % vocabulary, rows.square_())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hessops.functional.capture import Call, CapturedRun
-from hessops.functional.layers import MatrixLayer, matrix_layer
+from hessops.functional.layers import MatrixLayer, matrix_layer, turned
 from hessops.functional.products import Params
 from hessops.functional.roots import gradient_root
 from hessops.objective import Objective
@@ -21,10 +21,6 @@ SUM_TOLERANCE = 1e3
 _OWNER_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 # Multiples ±2^k of the weights, by which points are told apart: exact in floating point.
 NUM_MULTIPLES = 32
-
-
-class Demotion(Exception):  # not an error: what was begun begins anew
-    """A layer turned out not to be what it was taken for."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,8 @@ class Probe:
         multiples: c, ``(n,)``.
         first: The gradients by the outputs of the calls of each module.
         second: Those of the multiplied weights.
-        expected: The gradients by the parameters of the first weights.
+        expected: The gradients by the parameters of the first weights; ``None`` where sums are not
+            verified.
     """
 
     run: CapturedRun
@@ -50,11 +47,11 @@ class Probe:
     multiples: Tensor
     first: Mapping[str, list[Tensor]]
     second: Mapping[str, list[Tensor]]
-    expected: Params
+    expected: Params | None
 
     @classmethod
-    def of(cls, run: CapturedRun, batch: Batch) -> Probe:
-        """Two backward passes, one of them to the parameters."""
+    def of(cls, run: CapturedRun, batch: Batch, *, sums: bool = True) -> Probe:
+        """Two backward passes, one of them to the parameters if there are `sums` to be verified."""
         generator = torch.Generator().manual_seed(batch.position)
         kinds = torch.randperm(batch.size, generator=generator) % NUM_MULTIPLES
         multiples = torch.where(kinds % 2 == 0, 1.0, -1.0) * 2.0 ** (kinds // 2)
@@ -64,12 +61,9 @@ class Probe:
             drawn = torch.randn(part.shape, generator=generator, dtype=dtype)
             weights.append(drawn.to(part))
             by_point = multiples.to(part).reshape(-1, *[1] * (part.ndim - 1))
-            multiplied.append((weights[-1] * by_point).unsqueeze(0))
-        first, expected = run.followed(weights)
-        second = {
-            name: [gradient[0] for gradient in gradients]
-            for name, gradients in run.gradients(multiplied).items()
-        }
+            multiplied.append(weights[-1] * by_point)
+        first, expected = run.follow_to_parameters(weights) if sums else (run.follow(weights), None)
+        second = run.follow(multiplied)
         return cls(run, batch.size, weights, multiples, first, second, expected)
 
     def owned(self, first: Tensor, second: Tensor) -> bool:
@@ -130,23 +124,16 @@ class MatrixLayers:
         """Name -> module of the layers."""
         return {name: layer.module for name, layer in self.layers.items()}
 
-    def dims(self, probe: Probe, *, sums: bool = True) -> dict[str, list[int]]:
-        """Where the points lie in each call of each layer.
+    def dims(self, probe: Probe) -> dict[str, list[int]]:
+        """Where the points lie in each call of each layer; a layer that is none is removed.
 
         Args:
             probe: A run with the modules of the layers.
-            sums: Whether the sums over points are verified too; ``False`` where they were.
-
-        Raises:
-            Demotion: A layer is none, and was removed: begin anew.
         """
-        found = {name: _dims(layer, probe, sums=sums) for name, layer in self.layers.items()}
-        demoted = [name for name, dims in found.items() if dims is None]
-        if demoted:
-            for name in demoted:
-                del self.layers[name]
-            raise Demotion
-        return {name: dims for name, dims in found.items() if dims is not None}
+        found = {name: _dims(layer, probe) for name, layer in self.layers.items()}
+        dims = {name: some for name, some in found.items() if some is not None}
+        self.layers = {name: self.layers[name] for name in dims}
+        return dims
 
     def inputs(
         self, run: CapturedRun, batch: Batch, dims: Mapping[str, list[int]]
@@ -212,13 +199,7 @@ class PointGradients:
         if not matrices.layers:
             return cls({}, {}, {}, batch.size)
         run = CapturedRun(matrices.objective, batch, matrices.modules)
-        probe = Probe.of(run, batch)
-        while True:
-            try:
-                dims = matrices.dims(probe)
-                break
-            except Demotion:
-                continue
+        dims = matrices.dims(Probe.of(run, batch))
         root = gradient_root(matrices.objective, run.output, batch)
         outputs = matrices.outputs(run.gradients(root.columns(0, 1)), batch, dims)
         return cls(dict(matrices.layers), matrices.inputs(run, batch, dims), outputs, batch.size)
@@ -231,7 +212,8 @@ class PointGradients:
         """The gradients of some points by a layer, ``(m, groups, outputs, inputs)``."""
         layer = self.layers[name]
         if name not in self.inputs:
-            return layer.form.matrices(layer.zeros(len(range(self.size)[points])))
+            space, count = layer.form.space, len(range(self.size)[points])
+            return torch.zeros(count, *layer.form.shape, dtype=space.dtype, device=space.device)
         inputs = self.inputs[name]
         some = inputs[:, points] if layer.can_reduce else inputs[points]
         return layer.point_gradients(some, self.outputs[name][:, :, points])
@@ -253,20 +235,14 @@ class PointGradients:
         Args:
             bases: Name of a layer -> bases; ``None`` leaves the inputs as they are.
         """
-        inputs, outputs = {}, {}
-        for name, (of_inputs, of_outputs) in bases.items():
-            if name not in self.inputs:
-                continue
-            a, b = self.inputs[name], self.outputs[name]
-            inputs[name] = (
-                a if of_inputs is None else (a.flatten(1, 2) @ of_inputs).reshape(a.shape)
-            )
-            outputs[name] = (b.flatten(1, 3) @ of_outputs).reshape(b.shape)
+        called = [name for name in bases if name in self.inputs]
+        inputs = {name: turned(self.inputs[name], bases[name][0]) for name in called}
+        outputs = {name: turned(self.outputs[name], bases[name][1]) for name in called}
         layers = {name: self.layers[name] for name in bases}
         return PointGradients(layers, inputs, outputs, self.size)
 
 
-def _dims(layer: MatrixLayer, probe: Probe, *, sums: bool) -> list[int] | None:
+def _dims(layer: MatrixLayer, probe: Probe) -> list[int] | None:
     """Where the points lie in each call of a layer; ``None`` where it is none."""
     form, size = layer.form, probe.size
     calls: Sequence[Call | None] = probe.run.calls.get(layer.name, [])
@@ -274,7 +250,9 @@ def _dims(layer: MatrixLayer, probe: Probe, *, sums: bool) -> list[int] | None:
     if len(known) < len(calls):
         return None
     if not known:
-        return None if any(probe.expected[name].any() for name in form.space.names) else []
+        by_parameter = probe.expected or {}
+        has_gradient = any(g.any() for name, g in by_parameter.items() if name in form.space.shapes)
+        return None if has_gradient else []
     dims, inputs, outputs = [], [], []
     gradients = zip(probe.first[layer.name], probe.second[layer.name], strict=True)
     for call, (first, second) in zip(known, gradients, strict=True):
@@ -289,7 +267,7 @@ def _dims(layer: MatrixLayer, probe: Probe, *, sums: bool) -> list[int] | None:
                 break
         else:
             return None
-    if not sums:
+    if probe.expected is None:
         return dims
     a, b = torch.cat(inputs, dim=layer.position_dim), torch.cat(outputs, dim=-2)
     generator = torch.Generator().manual_seed(size)

@@ -107,7 +107,7 @@ def sampled_root(
     """
     structure = _structured(objective, output, batch)
     seeds = torch.randint(2**53, (batch.size,), generator=generator, device=generator.device)
-    uniform = _uniform(seeds, (num_samples, structure.draws)).to(structure.device)
+    uniform = _uniform(seeds, (num_samples, structure.draws)).to(objective.device)
     columns = structure.sampled(uniform).movedim(1, 0) / num_samples**0.5
     return OutputRoot(structure.shapes, num_samples, lambda start, stop: columns[start:stop])
 
@@ -132,10 +132,6 @@ class _Diagonal:
 
     shapes: tuple[torch.Size, ...]
     diagonal: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.diagonal.device
 
     @property
     def draws(self) -> int:
@@ -165,10 +161,6 @@ class _Softmax:
     dim: int
     probabilities: Tensor
     scales: Tensor  # c, (n, positions)
-
-    @property
-    def device(self) -> torch.device:
-        return self.scales.device
 
     @property
     def draws(self) -> int:
@@ -223,10 +215,6 @@ class _Dense:
     shapes: tuple[torch.Size, ...]
     columns: Tensor
     kept: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.columns.device
 
     @property
     def draws(self) -> int:

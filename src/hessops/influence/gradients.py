@@ -130,17 +130,13 @@ class GradientProvider:
             found = PointGradients.of(self._matrices, batch)
             if not found.layers:
                 return finite(self._per_sample.verified(self.objective, batch))
-            space = self.space
-            rows = torch.empty(batch.size, space.size, dtype=space.dtype, device=space.device)
-            parts = [(layer.form.space, found.rows(name)) for name, layer in found.layers.items()]
+            parts: Stack = {}
+            for name, layer in found.layers.items():
+                parts |= layer.form.space.unflatten(found.rows(name))
             others = self._others(found)
             if others:
-                fewer = self.objective.restricted(others)
-                parts.append((fewer.space, self._per_sample.verified(fewer, batch)))
-            for part, some in parts:
-                for key, values in part.unflatten(some).items():
-                    rows[:, space.slices[key]] = values.flatten(1)
-            return finite(rows)
+                parts |= self.rows_by(batch, others)
+            return finite(self.space.flatten(parts))
 
     def by_layer(self, batch: Batch) -> PointGradients:
         """The gradients by the layers that apply a matrix, as their factors.

@@ -198,7 +198,6 @@ class KfacInverse(DirectInverse):
         values = set(self.block_regularization.values())
         # What is common to all blocks; the others have no single λ.
         super().__init__(operator, values.pop() if len(values) == 1 else None)
-        self._blocks = operator
         self._system = self._damped(blocks)
         self.inverse_map = self._inverted()
 
@@ -229,6 +228,11 @@ class KfacInverse(DirectInverse):
         return self._blocks._with_eigenvalues(1 / damped)
 
     @property
+    def _blocks(self) -> BlockEigenOperator:
+        assert isinstance(self.operator, BlockEigenOperator)
+        return self.operator
+
+    @property
     def system(self) -> TensorOperator:
         """The damped operator that is inverted."""
         return self._system
@@ -250,8 +254,6 @@ class KfacInverse(DirectInverse):
 
     def _move(self, device: torch.device) -> Self:
         moved = super()._move(device)
-        assert isinstance(moved.operator, BlockEigenOperator)
-        moved._blocks = moved.operator
         for name in ("_system", "inverse_map"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved

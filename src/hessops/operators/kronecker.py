@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hessops.batch.averaging import Averaging
 from hessops.batch.kronecker import (
+    Demotion,
     ExactBlock,
     FisherType,
     KfacApprox,
@@ -21,7 +22,6 @@ from hessops.batch.kronecker import (
 )
 from hessops.errors import ArgumentError, NonFiniteProductError, StructureError
 from hessops.functional.layers import MatrixLayer
-from hessops.functional.layerwise import Demotion
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import (
