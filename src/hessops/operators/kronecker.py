@@ -75,7 +75,11 @@ class KfacOperator(BlockEigenOperator):
 
     The constructor makes one pass over the data and decomposes the factors, of which only the
     eigenvectors and eigenvalues are kept: functions of the operator are closed forms, see
-    `EigenOperator`. Parameters of different modules do not interact.
+    `EigenOperator`, and ``inverse(regularization=...)`` is a `KfacInverse`. Parameters of different
+    modules do not interact.
+
+    `apply` takes a vector ``(P,)`` or a stack ``(k, P)`` of the parameters' dtype and returns the
+    same shape; `apply_to_dict` takes ``{name: shape}`` or ``{name: (k, *shape)}``.
 
     Args:
         model: A module; the operator works on a copy, see `refresh`.
@@ -98,6 +102,10 @@ class KfacOperator(BlockEigenOperator):
         cache: What may be kept on the device; see `BatchStream`.
         progress: Shows progress bars over batches and decompositions.
         unpack: Function from a raw batch to ``(x, y)``; ``None`` expects pairs.
+
+    Attributes:
+        blocks: The operators of the blocks, by name of the module; each is an `EigenOperator`.
+        curvature: The exact operator that is approximated, on the same data.
 
     Raises:
         ArgumentError: An unknown `fisher_type` or `kfac_approx`.

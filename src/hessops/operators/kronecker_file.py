@@ -99,7 +99,7 @@ def save_factors(
     Args:
         operator: The blocks.
         objective: What they are of; a hash of its parameters and buffers is written.
-        settings: What `load_factors` tells of them.
+        settings: How they came about, for whoever looks into the file.
         path: Where.
 
     Raises:
