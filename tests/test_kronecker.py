@@ -369,7 +369,34 @@ def test_hooks_of_the_user_are_part_of_the_model(register: str) -> None:
 # --- batches -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case_name", ["reused_at_positions", "conv2d_grouped", "transformer"])
+class PositionalEmbedding(nn.Module):
+    """Adds a vector for each position to the points, whose number it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(6, 4), nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.places(torch.arange(x.shape[1]))
+        return self.head(torch.tanh(self.tokens(x) + places).mean(dim=1))
+
+
+@pytest.mark.parametrize("operator_name", OPERATORS)
+def test_what_a_layer_is_does_not_depend_on_batches_of_one(operator_name: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = PositionalEmbedding().double(), torch.randint(6, (7, 5)), torch.randint(3, (7,))
+    kind, loss = OPERATORS[operator_name], nn.CrossEntropyLoss()
+    whole = kind(model, loss, [(x, y)])
+    alone = kind(model, loss, list(zip(x.split(1), y.split(1), strict=True)))
+    assert "Exact('places', Embedding)" in repr(whole)
+    assert "Kronecker('tokens', Embedding" in repr(whole)
+    assert relative_error(alone.to_dense(), whole.to_dense()) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "case_name", ["reused_at_positions", "conv2d_grouped", "transformer", "stacked_halves"]
+)
 @pytest.mark.parametrize("fisher_type", [*FISHER_TYPES, "monte-carlo"])
 @pytest.mark.parametrize("operator_name", OPERATORS)
 def test_batches_mean_nothing(operator_name: str, fisher_type: str, case_name: str) -> None:

@@ -176,27 +176,27 @@ class KroneckerEstimation:
             self._arrange()
             raise Demotion
         for name, block in self.exact.items():
-            if not self._is_verified(block, probe, batch):
+            if not self._is_verified(block, probe):
                 self.exact[name] = self._demoted_block(block, batch)
                 raise Demotion
         return dims
 
-    def _is_verified(self, block: ExactBlock, probe: Probe, batch: Batch) -> bool:
+    def _is_verified(self, block: ExactBlock, probe: Probe) -> bool:
         """Whether the gradients of the points add up, and follow from the call of the module."""
         assert probe.expected is not None
         wanted = block.space.flatten({name: probe.expected[name] for name in block.space.names})
-        columns = [weight.unsqueeze(0) for weight in probe.weights]
+        columns, size = [weight.unsqueeze(0) for weight in probe.weights], probe.points.size
         if block.module is None:
-            rows = self._model_rows(block, batch, columns)
+            rows = self._model_rows(block, probe.points, columns)
         else:
             calls = probe.run.calls.get(block.name, [])
             if not calls:
                 return not wanted.any()
             call = calls[0]
-            if len(calls) > 1 or call is None or not _lie_first(call, batch.size):
+            if len(calls) > 1 or call is None or not _lie_first(call, size):
                 return False
             (first,), (second,) = probe.first[block.name], probe.second[block.name]
-            if not probe.owned(first.reshape(batch.size, 1, -1), second.reshape(batch.size, 1, -1)):
+            if not probe.owned(first.reshape(size, 1, -1), second.reshape(size, 1, -1)):
                 return False
             rows = self._module_rows(block, call, first.unsqueeze(0))
         total, scale = torch.zeros_like(wanted), wanted.new_zeros(())

@@ -103,13 +103,14 @@ class CapturedRun:
         batch: Batch,
         modules: Mapping[str, nn.Module],
     ) -> None:
+        self._objective, self._modules = objective, modules
         self.leaves = differentiable(objective.params)
         recorder = _Recorder(copies=False)
-        self.output = self._run(objective, batch, modules, recorder)
+        self.output = self._run(batch, recorder)
         if not recorder.is_whole:
             # An operation in place after a module: what it returned is something else by now.
             recorder = _Recorder(copies=True)
-            self.output = self._run(objective, batch, modules, recorder)
+            self.output = self._run(batch, recorder)
         self.calls = recorder.calls
         # A call without a graph beside others has no gradient; one of its own is a hidden one.
         hidden = sorted(recorder.without_graph - set(recorder.calls))
@@ -120,15 +121,13 @@ class CapturedRun:
                 "cannot be followed; use use_reentrant=False, or freeze their parameters"
             )
 
-    def _run(
-        self,
-        objective: Objective,
-        batch: Batch,
-        modules: Mapping[str, nn.Module],
-        recorder: _Recorder,
-    ) -> object:
-        with _hooked(modules, recorder), torch.enable_grad():
-            return objective.output(self.leaves, batch.x)
+    def _run(self, batch: Batch, recorder: _Recorder) -> object:
+        with _hooked(self._modules, recorder), torch.enable_grad():
+            return self._objective.output(self.leaves, batch.x)
+
+    def on(self, batch: Batch) -> CapturedRun:
+        """A run of the same model with the same modules on another batch."""
+        return CapturedRun(self._objective, batch, self._modules)
 
     @property
     def outputs(self) -> list[Tensor]:

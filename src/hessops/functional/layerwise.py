@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hessops.errors import ModelError
 from hessops.functional.capture import Call, CapturedRun
 from hessops.functional.layers import MatrixLayer, matrix_layer, turned
 from hessops.functional.products import Params
@@ -28,11 +29,12 @@ class Probe:
     r"""A run followed back from random weights of the outputs, and from multiples of them.
 
     The weights of the outputs of point i are multiplied by :math:`c_i`. Backward passes are linear:
-    a gradient that belongs to point i alone is multiplied by the same number.
+    a gradient that belongs to point i alone is multiplied by the same number. A single point is
+    run twice, as a batch of two: of one point alone every row is its own, whatever the layout.
 
     Attributes:
         run: The run.
-        size: n, the number of points.
+        points: The n points.
         weights: The weights of the outputs.
         multiples: c, ``(n,)``.
         first: The gradients by the outputs of the calls of each module.
@@ -42,7 +44,7 @@ class Probe:
     """
 
     run: CapturedRun
-    size: int
+    points: Batch
     weights: list[Tensor]
     multiples: Tensor
     first: Mapping[str, list[Tensor]]
@@ -52,6 +54,10 @@ class Probe:
     @classmethod
     def of(cls, run: CapturedRun, batch: Batch, *, sums: bool = True) -> Probe:
         """Two backward passes, one of them to the parameters if there are `sums` to be verified."""
+        if batch.size == 1:
+            device = run.parts[0].device
+            batch = batch.rows(torch.zeros(2, dtype=torch.int64, device=device), 2)
+            run = run.on(batch)
         generator = torch.Generator().manual_seed(batch.position)
         kinds = torch.randperm(batch.size, generator=generator) % NUM_MULTIPLES
         multiples = torch.where(kinds % 2 == 0, 1.0, -1.0) * 2.0 ** (kinds // 2)
@@ -64,7 +70,7 @@ class Probe:
             multiplied.append(weights[-1] * by_point)
         first, expected = run.follow_to_parameters(weights) if sums else (run.follow(weights), None)
         second = run.follow(multiplied)
-        return cls(run, batch.size, weights, multiples, first, second, expected)
+        return cls(run, batch, weights, multiples, first, second, expected)
 
     def owned(self, first: Tensor, second: Tensor) -> bool:
         """Whether rows ``(n, ..., width)`` of gradients belong to the points in their order."""
@@ -138,10 +144,23 @@ class MatrixLayers:
     def inputs(
         self, run: CapturedRun, batch: Batch, dims: Mapping[str, list[int]]
     ) -> dict[str, Tensor]:
-        """The inputs of the layers that were called, those of several calls as positions."""
+        """The inputs of the layers that were called, those of several calls as positions.
+
+        Raises:
+            ModelError: A single point is run otherwise than a batch of two.
+        """
         found = {}
         for name, layer in self.layers.items():
             calls = [call for call in run.calls.get(name, []) if call is not None]
+            fits = [
+                layer.fits(call.input, call.output, batch.size, dim)
+                for call, dim in zip(calls, dims[name], strict=False)
+            ]
+            if len(calls) != len(dims[name]) or not all(fits):
+                raise ModelError(
+                    f"batch {batch.position}: module {name!r} is called otherwise for a single "
+                    "point than for two; use larger batches"
+                )
             parts = [
                 layer.inputs(call.input, batch.size, dim)
                 for call, dim in zip(calls, dims[name], strict=True)
@@ -244,7 +263,7 @@ class PointGradients:
 
 def _dims(layer: MatrixLayer, probe: Probe) -> list[int] | None:
     """Where the points lie in each call of a layer; ``None`` where it is none."""
-    form, size = layer.form, probe.size
+    form, size = layer.form, probe.points.size
     calls: Sequence[Call | None] = probe.run.calls.get(layer.name, [])
     known = [call for call in calls if call is not None]
     if len(known) < len(calls):
