@@ -5,7 +5,7 @@ inverses are operators that stream over a ``DataLoader``, act on flat tensors or
 tensors, and can be added, shifted, composed and inverted.
 """
 
-from hessops import ihvp
+from hessops import distributed, ihvp
 from hessops.batch import (
     Averaging,
     BatchOperation,
@@ -17,6 +17,7 @@ from hessops.batch import (
     ModelBatchOperation,
     PointAveraging,
 )
+from hessops.distributed import DistributedAveraging
 from hessops.functional import (
     LowRankProductRepresentation,
     batch_hvp_gen,
@@ -104,6 +105,7 @@ __all__ = [
     "DiagonalOperator",
     "DirectInverse",
     "DirectSolveOperator",
+    "DistributedAveraging",
     "EigenOperator",
     "EkfacOperator",
     "FittedPreconditioner",
@@ -149,6 +151,7 @@ __all__ = [
     "create_per_sample_gradient_function",
     "create_per_sample_loss_function",
     "create_per_sample_mixed_derivative_function",
+    "distributed",
     "empirical_loss_function",
     "gauss_newton",
     "get_hvp_function",

@@ -136,6 +136,14 @@ class UncoveredParametersWarning(HessopsWarning):
     """Trainable parameters belong to no block of an influence model."""
 
 
+class DistributedError(HessopsError, RuntimeError):
+    """Processes that work on one sum are not in step, or one of them is gone."""
+
+
+class RemoteError(DistributedError):
+    """Another process of the group raised an error, which the message repeats."""
+
+
 class NotFittedError(HessopsError, RuntimeError):
     """An influence model is used before ``fit``."""
 

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from hessops.errors import ModelError
+from hessops.errors import HessopsError, ModelError
 from hessops.isolation import without_remarks
 from hessops.point_loss import Loss, PointLoss, Reduction
 from hessops.snapshot import ModelSnapshot
@@ -85,6 +85,10 @@ class Objective:
         """The parameters of the copy, ``{name: tensor}``, without gradients."""
         return dict(self._snapshot.params)
 
+    def hash_of_values(self) -> int:
+        """A 64-bit hash of all parameters and buffers of the copy, frozen ones included."""
+        return self._snapshot.hash_of_values()
+
     @property
     def device(self) -> torch.device:
         """Where the copy of the model lives."""
@@ -149,7 +153,7 @@ class Objective:
         with self.kernels(any_order=any_order), without_remarks():
             try:
                 yield
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, HessopsError):
                 raise
             except (RuntimeError, NotImplementedError) as error:
                 raise ModelError(

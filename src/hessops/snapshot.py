@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hessops.errors import DtypeError, LossError, ModelError
+from hessops.hashing import hash_of_entries, mixed, word_of_values
 from hessops.isolation import isolated, twice_differentiable_kernels
 from hessops.point_loss import Loss
 from hessops.space import ParameterSpace, RestrictTo, require_finite
@@ -102,6 +103,7 @@ class ModelSnapshot:
         self.params = {name: every[name] for name in self.space.names}
         self.frozen = {name: p for name, p in every.items() if name not in self.params}
         self.buffers = {name: b.detach() for name, b in module.named_buffers()}
+        self._hash: int | None = None
         self._has_rnn = any(isinstance(m, nn.RNNBase) for m in module.modules())
         # The parametrization's class is private to torch.
         self._has_weight_norm = any(type(m).__name__ == "_WeightNorm" for m in module.modules())
@@ -138,6 +140,16 @@ class ModelSnapshot:
             loss = copy.deepcopy(loss).to(device)
         moved._hold(copy.deepcopy(self.module).to(device), loss)
         return moved
+
+    def hash_of_values(self) -> int:
+        """A 64-bit hash of all values, computed once; 0 on the meta device, which has none."""
+        if self._hash is None:
+            tensors = {**self.params, **self.frozen, **self.buffers}
+            total = word_of_values(list(tensors))
+            for tensor in () if self.space.device.type == "meta" else tensors.values():
+                total = int(mixed(hash_of_entries(tensor) + total))
+            self._hash = total
+        return self._hash
 
     def kernels(self, *, any_order: bool = False) -> AbstractContextManager[None]:
         """A context in which every kernel of the model can be differentiated twice.

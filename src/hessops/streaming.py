@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import TypeVar
 
 import torch
@@ -28,8 +26,10 @@ from hessops.errors import (
     DataError,
     OneShotDataError,
 )
+from hessops.hashing import mixed, word_of_values, words_of
 from hessops.isolation import HostRandomState
 from hessops.nested import map_tensors, named_tensor_leaves, plain_leaves, tensor_leaves
+from hessops.processes import ONE_PROCESS, Processes
 
 _Item = TypeVar("_Item")
 Unpack = Callable[[object], tuple[object, object]]
@@ -171,6 +171,7 @@ class BatchStream:
         progress: Shows a progress bar over the batches of each pass.
         same_batches: Refuses data whose points come in other batches in a later pass, and not only
             other points.
+        may_be_empty: Accepts data without a point: other processes hold some.
 
     Raises:
         OneShotDataError: `data` is an iterator or generator.
@@ -197,14 +198,16 @@ class BatchStream:
         cache: str | bool | int = "auto",
         progress: bool = False,
         same_batches: bool = False,
+        may_be_empty: bool = False,
     ) -> None:
-        _require_replayable(data)
+        _require_replayable(data, may_be_empty=may_be_empty)
         self.data = data
         self.device = torch.device(device)
         self.unpack = unpack
         self.cache = cache
         self.progress = progress
         self.same_batches = same_batches
+        self.may_be_empty = may_be_empty
         self._budget = _cache_budget(cache)
         self._random_state = _PrivateRandomState()
         self._first_pass: _Fingerprint | None = None
@@ -224,12 +227,27 @@ class BatchStream:
         """
         return None if self._first_pass is None else self._first_pass.digest()
 
-    def survey(self) -> str:
-        """The `fingerprint`, by a pass over the data if there was none."""
-        if self._first_pass is None:
-            for _ in self:
-                pass
-        return str(self.fingerprint)
+    def survey(self, processes: Processes = ONE_PROCESS) -> str:
+        """The `fingerprint` of the data in all processes, by a pass over them if there was none.
+
+        It does not depend on how the points are split among the processes.
+
+        Raises:
+            DataError: There is no point in any of them.
+            HessopsError: As of a pass.
+        """
+
+        def own() -> list[int]:
+            if self._first_pass is None:
+                for _ in self:
+                    pass
+            assert self._first_pass is not None
+            return self._first_pass.words()
+
+        counts, low, high = map(sum, zip(*processes.gathered(own, 3), strict=True))
+        if counts == 0:
+            raise DataError(f"dataloader is empty in all {processes.size} processes")
+        return _printed(counts, low + (high << 32))
 
     @property
     def is_cached(self) -> bool:
@@ -276,6 +294,7 @@ class BatchStream:
             cache=self.cache,
             progress=self.progress,
             same_batches=self.same_batches,
+            may_be_empty=self.may_be_empty,
         )
         without_values = moved.device.type == "meta"
         moved._first_pass = None if without_values else self._first_pass
@@ -304,7 +323,9 @@ class BatchStream:
                 else:
                     kept.append(_owned(batch, original))
             yield batch
-        if fingerprint.num_points == 0:
+        is_known_empty = self._first_pass is not None and self._first_pass.num_points == 0
+        may_be_empty = self.may_be_empty and (self._first_pass is None or is_known_empty)
+        if fingerprint.num_points == 0 and not may_be_empty:
             raise self._emptiness()
         if self._first_pass is None:
             self._first_pass = fingerprint
@@ -336,7 +357,7 @@ class BatchStream:
         return f"BatchStream({type(self.data).__name__}, points: {points}, {kept}, {self.device})"
 
 
-def _require_replayable(data: object) -> None:
+def _require_replayable(data: object, *, may_be_empty: bool) -> None:
     if isinstance(data, (Tensor, Mapping, str, bytes)):
         raise ArgumentTypeError(
             f"dataloader must be an iterable of batches, got {type(data).__name__}; "
@@ -356,7 +377,7 @@ def _require_replayable(data: object) -> None:
             f"dataloader is a one-shot iterator ({type(data).__name__}), but an operator passes "
             "over the data once for every application; pass a DataLoader or a list of batches"
         )
-    if _length(data) == 0:
+    if _length(data) == 0 and not may_be_empty:
         raise DataError("dataloader is empty: it has no batches")
 
 
@@ -468,12 +489,12 @@ class _Fingerprint:
             return
         hashes = torch.zeros((), dtype=torch.int64, device="cpu")
         for salt, leaf in enumerate(leaves):
-            words = _as_words(leaf)
-            weights = _mix(torch.arange(words.shape[1], device=leaf.device)) | 1
-            hashes = hashes.to(leaf.device) + _mix((words * weights).sum(dim=1) + salt + 1)
-        hashes = hashes + _word_of(list(plain_leaves((batch.x, batch.y))))
-        of_batch = _mix(hashes.expand(batch.size)).sum()
-        self._sum = self._sum.to(of_batch.device) + (_mix(of_batch) if self.by_batch else of_batch)
+            words = words_of(leaf)
+            weights = mixed(torch.arange(words.shape[1], device=leaf.device)) | 1
+            hashes = hashes.to(leaf.device) + mixed((words * weights).sum(dim=1) + salt + 1)
+        hashes = hashes + word_of_values(list(plain_leaves((batch.x, batch.y))))
+        of_batch = mixed(hashes.expand(batch.size)).sum()
+        self._sum = self._sum.to(of_batch.device) + (mixed(of_batch) if self.by_batch else of_batch)
 
     def require_equal(self, other: _Fingerprint) -> None:
         if self.num_points != other.num_points:
@@ -493,46 +514,18 @@ class _Fingerprint:
 
     def digest(self) -> str:
         """The number of points and their hash."""
-        return f"{self.num_points}:{self._value():016x}"
+        return _printed(self.num_points, self._value())
+
+    def words(self) -> list[int]:
+        """The number of points, and the lower and upper half of their hash."""
+        return [self.num_points, self._value() % 2**32, self._value() >> 32]
 
     def _value(self) -> int:
         return int(self._sum) % 2**64
 
 
-_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _as_words(tensor: Tensor) -> Tensor:
-    """The bits of ``(n, ...)`` elements as ``(n, L)`` int64; ``(1, 1)`` of a scalar."""
-    tensor = tensor.detach()
-    tensor = tensor if tensor.ndim else tensor.unsqueeze(0)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    tensor = tensor.resolve_neg()
-    flat = tensor.reshape(len(tensor), prod(tensor.shape[1:])).contiguous()
-    words = flat.view(_INT_OF_SIZE[flat.element_size()]).to(torch.int64)
-    # The sign and exponent of a float64 are its highest bits. A product with a weight would carry
-    # most of them beyond 2^64 (two flipped signs would cancel), so they are put below as well.
-    return words ^ ((words >> 32) & (2**32 - 1)) if flat.element_size() == 8 else words
-
-
-def _word_of(plain: list[object]) -> int:
-    """A hash of numbers and strings in a batch, which belong to every point of it."""
-    if not plain:
-        return 0
-    return int.from_bytes(hashlib.sha256(repr(plain).encode()).digest()[:8], "little", signed=True)
-
-
-def _mix(words: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64 tensors, which wrap modulo 2^64."""
-    words = words + _signed(0x9E3779B97F4A7C15)
-    words = (words ^ ((words >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    words = (words ^ ((words >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
-    return words ^ ((words >> 31) & (2**33 - 1))
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
+def _printed(num_points: int, value: int) -> str:
+    return f"{num_points}:{value % 2**64:016x}"
 
 
 def _describe(value: object) -> str:

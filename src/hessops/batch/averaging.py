@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import isfinite
 
 from torch import Tensor
 
 from hessops.errors import ArgumentError, DataError, ShapeError
 from hessops.functional.precision import accumulation_dtype
+from hessops.processes import ONE_PROCESS, Processes, Same
+
+NOTHING: Same = {}
 
 
 class Averaging(ABC):
@@ -36,12 +39,34 @@ class Averaging(ABC):
     def weight(self, num_points: int) -> float:
         """The weight of a batch of `num_points` points; finite and not negative."""
 
-    def reduce(self, values: Iterable[tuple[Tensor, int]]) -> Tensor:
+    @property
+    def processes(self) -> Processes:
+        """Who holds the batches between them: this process alone."""
+        return ONE_PROCESS
+
+    @property
+    def within_process(self) -> Averaging:
+        """The weights, without the processes."""
+        return self
+
+    def by_points(self) -> Averaging:
+        """The mean over points of the same processes."""
+        return PointAveraging()
+
+    def reduce(
+        self,
+        values: Iterable[tuple[Tensor, int]],
+        like: Tensor | None = None,
+        same: Same = NOTHING,
+    ) -> Tensor:
         """The weighted mean of pairs (value, number of points).
 
         Args:
             values: Tensors of one shape, each with the number of points it stands for. They are
                 consumed one at a time.
+            like: A tensor of that shape, and of the dtype and device of the result, which averages
+                over several processes need: a process may have no values.
+            same: What must be equal in all processes, as they check; see `hessops.processes`.
 
         Returns:
             A new tensor of that shape.
@@ -53,6 +78,26 @@ class Averaging(ABC):
         """
         total: Tensor | None = None
         total_weight, dtype = 0.0, None
+        for value, weight in self._weighted(values):
+            dtype = value.dtype
+            if total is None:
+                total = weight * value.to(accumulation_dtype(dtype))
+            else:
+                _add(total, value, weight)
+            total_weight += weight
+        if total is None or total_weight == 0:
+            raise DataError("there is nothing to average: no batches, or all of weight zero")
+        return total.div_(total_weight).to(dtype)
+
+    def add_to(self, total: Tensor, values: Iterable[tuple[Tensor, int]]) -> float:
+        r"""Adds :math:`\sum_b w_b v_b` to a tensor, and returns :math:`\sum_b w_b`."""
+        total_weight = 0.0
+        for value, weight in self._weighted(values):
+            _add(total, value, weight)
+            total_weight += weight
+        return total_weight
+
+    def _weighted(self, values: Iterable[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, float]]:
         for value, num_points in values:
             weight = float(self.weight(num_points))
             if not isfinite(weight) or weight < 0:
@@ -60,22 +105,18 @@ class Averaging(ABC):
                     f"{type(self).__name__}.weight({num_points}) is {weight}, "
                     "expected a finite number >= 0"
                 )
-            dtype = value.dtype
-            if total is None:
-                total = weight * value.to(accumulation_dtype(dtype))
-            elif value.shape != total.shape:
-                raise ShapeError(
-                    f"values must have one shape, got {tuple(total.shape)} and {tuple(value.shape)}"
-                )
-            else:
-                total.add_(value, alpha=weight)
-            total_weight += weight
-        if total is None or total_weight == 0:
-            raise DataError("there is nothing to average: no batches, or all of weight zero")
-        return total.div_(total_weight).to(dtype)
+            yield value, weight
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def _add(total: Tensor, value: Tensor, weight: float) -> None:
+    if value.shape != total.shape:
+        raise ShapeError(
+            f"values must have one shape, got {tuple(total.shape)} and {tuple(value.shape)}"
+        )
+    total.add_(value, alpha=weight)
 
 
 class PointAveraging(Averaging):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -80,7 +80,7 @@ def require_kinds(fisher_type: object, kfac_approx: object) -> None:
 
 
 class Demotion(Exception):  # not an error: what was begun begins anew
-    """A layer turned out not to be what it was taken for."""
+    """Layers turned out not to be what they were taken for; they are among `layers` no more."""
 
 
 class KroneckerEstimation:
@@ -167,7 +167,7 @@ class KroneckerEstimation:
         """Checks what is said of layers and modules; where the points lie in each call of a layer.
 
         Raises:
-            Demotion: A layer or module is none of the kind it was taken for: begin anew.
+            Demotion: A layer is none of the kind it was taken for: begin anew.
             ModelError: The gradients of the points alone do not add up to that of the batch.
         """
         probe, count = Probe.of(run, batch), len(self.layers)
@@ -175,11 +175,15 @@ class KroneckerEstimation:
         if len(dims) < count:
             self._arrange()
             raise Demotion
-        for name, block in self.exact.items():
-            if not self._is_verified(block, probe):
-                self.exact[name] = self._demoted_block(block, batch)
-                raise Demotion
+        for name in self.exact:
+            while not self._is_verified(self.exact[name], probe):
+                self.exact[name] = self._demoted_block(self.exact[name], batch)
         return dims
+
+    def demote(self, names: Iterable[str]) -> None:
+        """Gives layers exact blocks, as another process found out about its points."""
+        self._matrices.remove(names)
+        self._arrange()
 
     def _is_verified(self, block: ExactBlock, probe: Probe) -> bool:
         """Whether the gradients of the points add up, and follow from the call of the module."""
@@ -332,8 +336,8 @@ class KroneckerEstimation:
             columns = root.columns(start, start + chunk)
             gradients = run.gradients(columns, self._gradient_of)
             outputs = self._matrices.outputs(gradients, batch, dims)
-            for name in self.exact:
-                if name in gradients:
+            for name, block in self.exact.items():
+                if block.module is not None and name in gradients:
                     (outputs[name],) = gradients[name]
             yield columns, outputs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +140,11 @@ class MatrixLayers:
         dims = {name: some for name, some in found.items() if some is not None}
         self.layers = {name: self.layers[name] for name in dims}
         return dims
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Layers that are none, as is known from other points."""
+        gone = set(names)
+        self.layers = {name: layer for name, layer in self.layers.items() if name not in gone}
 
     def inputs(
         self, run: CapturedRun, batch: Batch, dims: Mapping[str, list[int]]

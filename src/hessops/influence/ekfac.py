@@ -58,7 +58,8 @@ class EkfacInfluence(InfluenceFunctionModel):
         num_samples: Random columns per point with ``"monte-carlo"``.
         max_dense: The most parameters of a module with a whole exact block.
         eigh_dtype: Dtype in which factors are decomposed; ``None`` is that of the parameters.
-        common: `reduction`, `unpack`, `cache` and `generator`; see `InfluenceFunctionModel`.
+        common: `reduction`, `unpack`, `cache`, `averaging` and `generator`; see
+            `InfluenceFunctionModel`.
 
     Raises:
         ArgumentTypeError: `block_structure` or `second_order_mode` is given.
@@ -140,6 +141,7 @@ class EkfacInfluence(InfluenceFunctionModel):
             max_dense=self.max_dense,
             eigh_dtype=self.eigh_dtype,
             reduction=self.reduction,
+            averaging=self.averaging,
             cache=self.cache,
             progress=self.progress,
             unpack=self.unpack,

@@ -17,6 +17,7 @@ from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import BatchOperator, batch_operators
 from hessops.operators.diagonal import BlockDiagonalOperator
+from hessops.processes import ONE_PROCESS
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch
 
@@ -48,15 +49,27 @@ class TrainingData:
         for part in batch_operators(operator):
             if id(part.stream) not in streams:
                 streams[id(part.stream)] = part
-                with isolated(part.device):
-                    batches = part.checked_batches(part.stream)
-                    digests += [digest_of_batch(batch) for batch in batches]
+                digests += _digests_of_batches(part)
             part.check_data()
         if not streams:
             return cls()
-        parts = list(streams.values())
-        fingerprints = " ".join(str(part.stream.fingerprint) for part in parts)
-        return cls(parts[0].stream.num_points, fingerprints, digest_of_description(digests))
+        prints = [p.stream.survey(p.averaging.processes) for p in streams.values()]
+        num_points = int(prints[0].partition(":")[0])
+        return cls(num_points, " ".join(prints), digest_of_description(digests))
+
+
+def _digests_of_batches(part: BatchOperator) -> list[Description]:
+    """A hash of each batch; where several processes hold them, one for all of each process."""
+    processes, own = part.averaging.processes, list[Description]()
+
+    def words() -> list[int]:
+        with isolated(part.device):
+            own.extend(digest_of_batch(batch) for batch in part.checked_batches(part.stream))
+        digest = bytes.fromhex(digest_of_description(list(own)))
+        return [int.from_bytes(digest[start : start + 4]) for start in range(0, 32, 4)]
+
+    everywhere = processes.gathered(words, 8)
+    return list(own) if processes is ONE_PROCESS else [*map(str, everywhere)]
 
 
 @dataclass(frozen=True)

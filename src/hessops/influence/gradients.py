@@ -239,6 +239,13 @@ class GradientProvider:
             results[block.names] = finite(total)
         return results
 
+    def no_scores(self, g: Tensor, batch: Batch, by_input: bool) -> Tensor:
+        """As `products`, or as `mixed_products`, of a batch of no points."""
+        if not by_input:
+            return g.new_zeros(len(g), 0)
+        x = require_floating(batch.x)
+        return torch.zeros(len(g), *x.shape, dtype=x.dtype, device=g.device)
+
     def mixed_jacobian_prod(self, x: Tensor, y: object, g: Tensor) -> Tensor:
         r"""Entry (j, i) is :math:`\nabla_x \langle G_j, \nabla_\theta \ell_i\rangle`.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hessops.errors import ArgumentError, ShapeError
+from hessops.errors import ArgumentError, DistributedError, ShapeError
 from hessops.files import digest_of_tensors
 from hessops.influence.description import (
     Description,
@@ -25,6 +25,7 @@ from hessops.influence.modes import InfluenceMode
 from hessops.influence.ordered import OrderedBatches, Placed
 from hessops.influence.storage import ChunkStore, ZarrArray, manifest_of
 from hessops.isolation import isolated
+from hessops.operators.curvature import batch_operators
 from hessops.validation import checked_count
 
 # Chunks of a store are at least this large, where there are as many numbers.
@@ -66,6 +67,9 @@ class FactorSource(ABC):
     @abstractmethod
     def first_size(self) -> int:
         """Rows that `rows` yields first."""
+
+    def require_resumable(self) -> None:  # noqa: B027  # what is there already is
+        """Raises `DistributedError` where some rows cannot be computed without the others."""
 
     @abstractmethod
     def description(self, model: InfluenceFunctionModel) -> Description:
@@ -175,8 +179,10 @@ class LazyFactors(FactorSource):
             The array, ``(m, P)``, opened for reading.
 
         Raises:
-            StoreError, DtypeError, ImportError, OSError: As of `LazyInfluences.to_zarr`.
+            StoreError, DistributedError, DtypeError, ImportError, OSError: As of
+                `LazyInfluences.to_zarr`.
         """
+        self.require_resumable()
         rows = self.first_size() if row_chunk is None else row_chunk
         columns = self._model.space.size
         with isolated(self._model.space.device):
@@ -213,6 +219,18 @@ class LazyFactors(FactorSource):
     def num_pieces(self) -> int | None:
         """Number of batches, once it is known."""
         return self._batches.num_batches
+
+    def require_resumable(self) -> None:
+        """As of `FactorSource`: processes solve together, but may have written different chunks."""
+        fitted = self._model.fitted
+        operators = [block.operator for block in fitted.blocks.values() if block.operator]
+        parts = [part for operator in operators for part in batch_operators(operator)]
+        if self._model.needs_data and any(p.averaging.processes.size > 1 for p in parts):
+            raise DistributedError(
+                "factors are solved for by all processes together, of which one may have chunks "
+                "that another lacks: compute() them first, and write what influences_from_factors "
+                "gives for them, in each process to a path of its own"
+            )
 
     def first_size(self) -> int:
         """Points of the first batch."""
@@ -400,10 +418,12 @@ class LazyInfluences:
 
         Raises:
             StoreError: Something else lies at `path`; the message says what differs.
+            DistributedError: Factors are to be solved for by several processes together.
             DtypeError: Influences of a dtype that numpy does not have.
             ImportError: zarr is not installed.
             OSError: Of the file system; what was written before is whole.
         """
+        self._factors.require_resumable()
         with isolated(self._model.space.device):
             store = self._store(path, row_chunk, column_chunk)
             with self._bar() as bar:

@@ -13,6 +13,7 @@ from typing import ClassVar, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
+from hessops.batch.averaging import Averaging
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -40,6 +41,7 @@ from hessops.objective import Objective
 from hessops.operators.algebra import require_compatible
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import (
+    POINT_AVERAGING,
     BatchOperator,
     CurvatureOperator,
     GaussNewtonOperator,
@@ -58,6 +60,7 @@ from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import DiagonalBlock
 from hessops.operators.eigen import EigenOperator
 from hessops.point_loss import Loss, Reduction
+from hessops.processes import ONE_PROCESS
 from hessops.randomness import resolved_generator
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch, BatchStream
@@ -76,6 +79,7 @@ class CommonSettings(TypedDict, total=False):
     reduction: Reduction
     unpack: RawUnpack | None
     cache: str | bool | int
+    averaging: Averaging
     generator: torch.Generator | None
 
 
@@ -109,6 +113,9 @@ class InfluenceFunctionModel(ABC):
         reduction: What `loss` returns: ``"mean"``, ``"sum"`` or ``"none"``; see `Objective`.
         unpack: Function from a raw batch of a loader to ``(x, y)``; ``None`` expects pairs.
         cache: What of the training data may be kept on the device; see `BatchStream`.
+        averaging: The weights of the batches of training data; see `hessops.BatchOperator`. With a
+            `hessops.DistributedAveraging` every process fits on its shard of them, and takes part
+            wherever factors are solved for; points are scored by each process alone.
         generator: Draws what is random; without one, `torch.manual_seed` decides.
 
     Raises:
@@ -155,6 +162,7 @@ class InfluenceFunctionModel(ABC):
         reduction: Reduction = "mean",
         unpack: RawUnpack | None = None,
         cache: str | bool | int = "auto",
+        averaging: Averaging = POINT_AVERAGING,
         generator: torch.Generator | None = None,
     ) -> None:
         self.model, self.loss = model, loss
@@ -170,6 +178,11 @@ class InfluenceFunctionModel(ABC):
             raise ArgumentTypeError(f"unpack must be callable, got {type(unpack).__name__}")
         self.unpack = unpack
         self.cache = cache
+        if not isinstance(averaging, Averaging):
+            raise ArgumentTypeError(
+                f"averaging must be an Averaging, got {averaging!r}; use PointAveraging()"
+            )
+        self.averaging = averaging
         if generator is not None:
             resolved_generator(generator)
         self.generator = generator
@@ -199,6 +212,7 @@ class InfluenceFunctionModel(ABC):
             dataloader,
             self._space.names,
             reduction=self.reduction,
+            averaging=self.averaging,
             cache=self.cache,
             unpack=self.unpack,
         )
@@ -373,8 +387,7 @@ class InfluenceFunctionModel(ABC):
         content = load_fit(path, self.configuration())
         if not self.needs_data:
             if dataloader is not None:
-                stream = BatchStream(dataloader, unpack=self.unpack, cache=False)
-                content.require_data(stream.survey())
+                content.require_data(self._fingerprint_of(dataloader))
             objective = Objective(
                 self.model, self.loss, self._space.names, reduction=self.reduction
             )
@@ -393,6 +406,17 @@ class InfluenceFunctionModel(ABC):
         content.require_data(fitted.data.fingerprint)
         self._fit = fitted
         return self
+
+    def _fingerprint_of(self, dataloader: Iterable[object]) -> str:
+        processes = self.averaging.processes
+        stream = BatchStream(
+            dataloader,
+            unpack=self.unpack,
+            cache=False,
+            may_be_empty=processes is not ONE_PROCESS,
+        )
+        processes.require_shard(dataloader)
+        return stream.survey(processes)
 
     def _rebuilt(self, content: SavedFit, provider: GradientProvider) -> FittedModel:
         blocks = {}
@@ -507,7 +531,7 @@ class InfluenceFunctionModel(ABC):
 
         Args:
             factors: ``(m, P)`` from `influence_factors`, or a dictionary ``{name: (m, *shape)}``.
-            x: Inputs of n training points; for PERTURBATION a floating-point tensor.
+            x: Inputs of n >= 0 training points; for PERTURBATION a floating-point tensor.
             y: Their targets.
             mode: An `InfluenceMode` or its name.
 
@@ -522,6 +546,9 @@ class InfluenceFunctionModel(ABC):
         mode = checked_mode(mode, InfluenceMode, "mode")
         provider = self.fitted.provider
         flat = checked_factors(factors, provider.space, "factors")
+        points = Batch.from_raw((x, y))
+        if points.size == 0:  # as a process may have with a shard of a few points
+            return provider.no_scores(flat, points, mode is InfluenceMode.PERTURBATION)
         return self.scores_of(flat, provider.batch(x, y), mode)
 
     def scores_of(self, factors: Tensor, batch: Batch, mode: InfluenceMode) -> Tensor:
@@ -684,7 +711,9 @@ class InfluenceFunctionModel(ABC):
         apart = ("model", "loss", "block_structure", *SILENT)
         held = {key: value for key, value in vars(self).items() if key not in apart}
         of_base = ("_fit", "_arguments", "_space", "_blocks", "_dampings", "_trainable")
-        return {key: _without_silent(value) for key, value in held.items() if key not in of_base}
+        settings = {key: _without_silent(held[key]) for key in held if key not in of_base}
+        # Who holds the data has no part in what is computed from all of them.
+        return {**settings, "averaging": self.averaging.within_process}
 
     def __repr__(self) -> str:
         loss = getattr(self.loss, "__name__", type(self.loss).__name__)

@@ -19,7 +19,7 @@ from hessops.influence.model import CommonSettings, InfluenceFunctionModel
 from hessops.influence.modes import BlockMode, SecondOrderMode
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
-from hessops.operators.curvature import BatchOperator, InverseHarmonicMeanOperator
+from hessops.operators.curvature import POINT_AVERAGING, BatchOperator, InverseHarmonicMeanOperator
 from hessops.operators.damping import Regularization
 from hessops.operators.dense import DirectSolveOperator, MatrixOperator
 from hessops.operators.inverse import InverseOperator
@@ -233,6 +233,7 @@ class LissaInfluence(_SolverInfluence):
             regularization,
             **self._settings,
             generator=self.generator,
+            averaging=operator.averaging,
         )
 
 
@@ -447,6 +448,7 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
             1.0,
             self._space.names,
             reduction=self.reduction,
+            averaging=self.averaging,
             cache=self.cache,
             unpack=self.unpack,
         )
@@ -506,6 +508,11 @@ class Influence(InfluenceFunctionModel):
                 raise ArgumentTypeError(f"{name} must be callable, got {type(recipe).__name__}")
         self.inverse_recipe: InverseRecipe = CgOperator if inverse is None else inverse
         self.curvature_recipe = curvature
+        if curvature is not None and self.averaging is not POINT_AVERAGING:
+            raise ArgumentError(
+                "averaging is given beside curvature: let the operator that curvature returns "
+                "average"
+            )
 
     def _curvature(self, dataloader: Iterable[object]) -> TensorOperator:
         if self.curvature_recipe is None:

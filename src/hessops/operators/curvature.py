@@ -19,10 +19,12 @@ from hessops.batch.inverse_harmonic_mean import InverseHarmonicMeanBatchOperatio
 from hessops.batch.model import Mode, ModelBatchOperation
 from hessops.batch.operation import BatchOperation
 from hessops.errors import ArgumentError, ArgumentTypeError, StructureError
+from hessops.hashing import hash_of_entries, word_of_values
 from hessops.isolation import isolated
 from hessops.objective import Objective
 from hessops.operators.base import TensorDictOperator, TensorOperator
 from hessops.point_loss import Loss, Reduction
+from hessops.processes import ONE_PROCESS, Same
 from hessops.space import RestrictTo
 from hessops.streaming import Batch, BatchStream, Unpack
 
@@ -94,6 +96,7 @@ class BatchOperator(TensorDictOperator):
         )
         self.batch_operation = batch_operation
         self.averaging = averaging
+        processes = averaging.processes
         if isinstance(dataloader, BatchStream):
             self.stream = _shared(dataloader, self.device, averaging)
         else:
@@ -102,13 +105,32 @@ class BatchOperator(TensorDictOperator):
                 device=self.device,
                 unpack=unpack,
                 cache=cache,
-                progress=progress,
+                progress=progress and processes.rank == 0,
                 same_batches=averaging.depends_on_batches,
+                may_be_empty=processes is not ONE_PROCESS,
             )
+        processes.require_shard(self.stream.data)
         self._is_checked = False
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
-        return self.averaging.reduce(self._batch_products(rows))
+        same = {"right-hand sides": lambda: hash_of_entries(rows), **self.sameness()}
+        return self.averaging.reduce(self._batch_products(rows), like=rows, same=same)
+
+    def sameness(self) -> Same:
+        """What must be equal in all processes that average over their data together."""
+        operation, objective = self.batch_operation, self.objective
+        kind = [
+            type(operation).__name__,
+            str(self.dtype),
+            self.averaging.within_process,
+            getattr(operation, "regularization", None),
+            None if objective is None else (objective.reduction, objective.space.names),
+        ]
+        return {
+            "operators": lambda: word_of_values(kind),
+            "samplers": lambda: self.averaging.processes.plan_of(self.stream.data),
+            "parameters": lambda: 0 if objective is None else objective.hash_of_values(),
+        }
 
     def _batch_products(self, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
         for batch in self.checked_batches(self.stream):
@@ -128,8 +150,8 @@ class BatchOperator(TensorDictOperator):
         Raises:
             HessopsError: See `Objective.check` and `BatchStream`.
         """
-        if not self._is_checked:
-            with isolated(self.device):
+        with isolated(self.device), self.averaging.processes.together():
+            if not self._is_checked:
                 for _ in self.checked_batches(self.stream):
                     pass
 
@@ -434,8 +456,12 @@ class InverseHarmonicMeanOperator(BatchOperator):
 
         One pass over the data.
         """
-        total = 0.0
-        with isolated(self.device):
+        like = torch.zeros((), dtype=torch.float64, device=self.device)
+
+        def means() -> Iterator[tuple[Tensor, int]]:
             for batch in self.checked_batches(self.stream):
-                total += self._operation.squared_gradients(batch)
-        return total / (self.stream.num_points or 1)
+                total = self._operation.squared_gradients(batch)
+                yield like + total / batch.size, batch.size
+
+        with isolated(self.device):
+            return self.averaging.by_points().reduce(means(), like, self.sameness()).item()

@@ -39,6 +39,7 @@ from hessops.operators.eigen_blocks import BlockEigenOperator
 from hessops.operators.kronecker_block import KroneckerOperator
 from hessops.operators.kronecker_file import save_factors
 from hessops.point_loss import Loss, Reduction
+from hessops.processes import Processes
 from hessops.randomness import resolved_generator
 from hessops.space import RestrictTo
 from hessops.streaming import Batch, Unpack
@@ -191,7 +192,7 @@ class KfacOperator(BlockEigenOperator):
             self.fisher_type,
             self.kfac_approx,
             self._num_samples,
-            self._generator,
+            self._processes.generator(self._generator),
             self._max_dense,
         )
         device = self.curvature.device
@@ -204,15 +205,13 @@ class KfacOperator(BlockEigenOperator):
 
     def _factors(self, estimation: KroneckerEstimation) -> list[Tensor]:
         """The averages of what `KroneckerEstimation.add_factors` adds."""
-        state = self._generator.get_state()
+        state = estimation.generator.get_state()
         while True:
-            try:
-                flat = self._averaged(
-                    self._checked_batches(), estimation.factor_shapes, estimation.add_factors
-                )
+            flat, demoted = self._attempted(estimation)
+            if not demoted:
                 break
-            except Demotion:
-                self._generator.set_state(state)
+            estimation.demote(demoted)
+            estimation.generator.set_state(state)
         # A sum is quick, and only where it overflows it says nothing of the entries.
         if not flat.sum().isfinite() and not flat.isfinite().all():
             raise NonFiniteProductError(
@@ -230,34 +229,55 @@ class KfacOperator(BlockEigenOperator):
             )
         return statistics
 
+    def _attempted(self, estimation: KroneckerEstimation) -> tuple[Tensor, list[str]]:
+        """The averages by one pass, and the layers that turned out to be none in any process.
+
+        Where there are some, the averages mean nothing. Which they are is told by entries beside
+        them, so that processes that found out and others make the same sum.
+        """
+        layers, shapes = list(estimation.layers), estimation.factor_shapes
+
+        def add(total: Tensor, batch: Batch) -> None:
+            try:
+                estimation.add_factors(total[: len(total) - len(layers)], batch)
+            except Demotion:
+                gone = [float(name not in estimation.layers) for name in layers]
+                total[len(total) - len(layers) :] = total.new_tensor(gone)
+                raise
+
+        flat = self._averaged(self._checked_batches(), [*shapes, (len(layers),)], add)
+        statistics, flags = torch.split(flat, [len(flat) - len(layers), len(layers)])
+        return statistics, [n for n, gone in zip(layers, flags.tolist(), strict=True) if gone]
+
     def _averaged(
         self,
         batches: Iterable[Batch],
         shapes: Iterable[tuple[int, ...]],
         add: Callable[[Tensor, Batch], None],
     ) -> Tensor:
-        """The average over batches of what `add` adds to a flat tensor for the points of one."""
+        """The average over batches of what `add` adds to a flat tensor for the points of one.
+
+        Where it raises `Demotion`, what it has added is the last.
+        """
         averaging, size = self.curvature.averaging, sum(prod(shape) for shape in shapes)
+        like = torch.zeros((), dtype=self.curvature.dtype, device=self.curvature.device)
 
-        def zeros() -> Tensor:
-            return torch.zeros(size, dtype=self.curvature.dtype, device=self.curvature.device)
-
-        def by_batch() -> Iterator[tuple[Tensor, int]]:
+        def sums() -> Iterator[tuple[Tensor, int]]:
+            total, count = like.new_zeros(size), 0
             for batch in batches:
-                total = zeros()
-                add(total, batch)
-                yield total.div_(batch.size), batch.size
-
-        def at_once() -> Iterator[tuple[Tensor, int]]:
-            total, count = zeros(), 0
-            for batch in batches:
-                add(total, batch)
                 count += batch.size
+                try:
+                    add(total, batch)
+                except Demotion:
+                    break
+                # Weights that do not depend on the batches are numbers of points: one sum will do.
+                if averaging.depends_on_batches:
+                    yield total.div_(count), count
+                    total, count = like.new_zeros(size), 0
             if count:
                 yield total.div_(count), count
 
-        # Weights that do not depend on the batches are numbers of points: one sum serves them all.
-        return averaging.reduce(by_batch() if averaging.depends_on_batches else at_once())
+        return averaging.reduce(sums(), like.expand(size), self.curvature.sameness())
 
     def _checked_batches(self) -> Iterator[Batch]:
         """One pass over the data; `curvature` checks in its own first pass what it needs more."""
@@ -291,8 +311,7 @@ class KfacOperator(BlockEigenOperator):
             key: (moment, None) for key, moment in moments.items() if not is_matrix[key]
         }
         matrices = {key: moment for key, moment in moments.items() if is_matrix[key]}
-        for key, matrix in self._with_progress(matrices):
-            pairs[key] = self._eigh(matrix)
+        pairs |= self._decomposed_by_all(matrices)
         blocks: dict[str, EigenOperator] = {
             name: self._kronecker_block(layer, *pairs[name, "A"], *pairs[name, "B"])
             for name, layer in estimation.layers.items()
@@ -305,6 +324,27 @@ class KfacOperator(BlockEigenOperator):
         return {
             name: blocks[name] for name in sorted(blocks, key=lambda n: starts[firsts[n]].start)
         }
+
+    def _decomposed_by_all(
+        self, matrices: Mapping[tuple[str, str], Tensor]
+    ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+        """Eigenvalues and eigenvectors; each process decomposes its share and tells the others."""
+        processes = self._processes
+        costs = [m.numel() * m.shape[-1] for m in matrices.values()]
+        owners = dict(zip(matrices, processes.owners(costs), strict=True))
+        mine = {key: m for key, m in matrices.items() if owners[key] == processes.rank}
+        with processes.together():
+            found = {key: self._eigh(matrix) for key, matrix in self._with_progress(mine)}
+        pairs = {}
+        for key, matrix in matrices.items():
+            pair = found.pop(key, None) or (matrix.new_empty(matrix.shape[:-1]), matrix)
+            values, vectors = (processes.broadcast(t, owners[key]) for t in pair)
+            pairs[key] = values, vectors
+        return pairs
+
+    @property
+    def _processes(self) -> Processes:
+        return self.curvature.averaging.processes
 
     def _kronecker_block(
         self,
@@ -332,7 +372,7 @@ class KfacOperator(BlockEigenOperator):
         self, matrices: Mapping[tuple[str, str], Tensor]
     ) -> Iterator[tuple[tuple[str, str], Tensor]]:
         ordered = sorted(matrices.items(), key=lambda item: -item[1].shape[-1])
-        if not self._progress:
+        if not self._progress or self._processes.rank:
             yield from ordered
             return
         with tqdm(ordered, desc="decompositions", unit="factor", leave=False) as bar:

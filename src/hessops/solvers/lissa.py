@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hessops.batch.averaging import Averaging
 from hessops.batch.operation import BatchOperation
 from hessops.errors import (
     ArgumentError,
@@ -24,10 +25,11 @@ from hessops.errors import (
 from hessops.functional.krylov import ritz_pairs
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
-from hessops.operators.curvature import BatchOperator
+from hessops.operators.curvature import POINT_AVERAGING, BatchOperator
 from hessops.operators.inverse import InverseOperator
 from hessops.operators.outcomes import CODE, Outcomes, Problem
 from hessops.operators.solution import Solution, SolveStatus
+from hessops.processes import ONE_PROCESS
 from hessops.randomness import resolved_generator
 from hessops.streaming import BatchStream, Unpack
 from hessops.validation import (
@@ -171,6 +173,9 @@ class LissaOperator(InverseOperator):
         unpack: Function from a raw batch to ``(x, y)``; ``None`` expects pairs.
         cache: What may be kept on the device; see `BatchStream`. Chains over a loader that shuffles
             load their batches.
+        averaging: The weights of the batches in the matrix A of the true residual. With a
+            `hessops.DistributedAveraging` a step is an application of the matrix of all data, as of
+            `from_operator`: processes have no batches in common.
 
     Raises:
         ArgumentTypeError: An argument is of another type.
@@ -207,11 +212,18 @@ class LissaOperator(InverseOperator):
         generator: torch.Generator | None = None,
         unpack: Unpack | None = None,
         cache: str | bool | int = "auto",
+        averaging: Averaging = POINT_AVERAGING,
     ) -> None:
-        operator = BatchOperator(batch_operation, data, cache=cache, unpack=unpack)
+        operator = BatchOperator(batch_operation, data, averaging, cache=cache, unpack=unpack)
+        is_distributed = averaging.processes is not ONE_PROCESS
+        if is_distributed and num_chains != 1:
+            raise ArgumentError(
+                f"num_chains is {num_chains}, but over several processes every step takes all the "
+                "data, so that all chains are the same: leave it out"
+            )
         self._configure(
             operator,
-            _BatchSteps(operator),
+            _DataSteps(operator) if is_distributed else _BatchSteps(operator),
             regularization,
             maxiter=maxiter,
             dampen=dampen,

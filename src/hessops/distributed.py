@@ -1,0 +1,537 @@
+"""Averages over the processes of a torch.distributed group, each with a shard of the data."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
+
+from hessops.batch.averaging import NOTHING, Averaging, PointAveraging
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DataError,
+    DistributedError,
+    RemoteError,
+    ShapeError,
+)
+from hessops.functional.precision import accumulation_dtype
+from hessops.hashing import word_of_values
+from hessops.processes import Fill, Processes, Same, spread
+
+# Hashes travel as pieces of so many bits, which float32 holds exactly.
+PIECE_BITS, PIECES = 20, 3
+# After this long, a process that waits for others looks whether one of them has given up.
+PATIENCE = timedelta(seconds=1)
+MESSAGE_BYTES = 1024
+# What each process adds in front of the hashes: its weight in two parts, and whether it failed.
+HEAD = 3
+
+
+class DistributedAveraging(Averaging):
+    r"""A weighted mean over the batches of all processes of a group, :math:`\sum w v / \sum w`.
+
+    Given to any operator as ``averaging=``, where every process holds the same model and a shard of
+    the data: its products, and all that is built from them, are those with all the data, and equal
+    to the last bit in all processes. Shards may be of any size, and empty.
+
+    Every application is one all-reduce, of :math:`\sum_b w_b v_b` together with a few numbers of
+    each process: :math:`\sum_b w_b`, whether an error was raised, and hashes of what must be the
+    same everywhere (right-hand sides, parameters and buffers, the kind of operator, threads and
+    versions). So an error in one process is one in all, and processes that went apart are told so
+    instead of being averaged.
+
+    Every process calls the same methods in the same order, with the same arguments apart from the
+    data.
+
+    Args:
+        averaging: The weights of batches.
+        group: A process group; ``None`` is the default one.
+
+    Raises:
+        ArgumentTypeError: `averaging` is no `Averaging`, or is a `DistributedAveraging`.
+        DistributedError: There is no process group, or this process is not in it.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from hessops import DistributedAveraging, HessianOperator
+        >>> from hessops.distributed import shard
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> points = torch.utils.data.TensorDataset(torch.ones(3, 1), torch.zeros(3, 1))
+        >>> loader = torch.utils.data.DataLoader(shard(points), batch_size=2)
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> averaging = DistributedAveraging()
+        >>> H = HessianOperator(model, torch.nn.MSELoss(), loader, averaging=averaging)
+        >>> H.apply(torch.ones(1))
+        tensor([2.])
+        >>> averaging
+        DistributedAveraging(PointAveraging(), rank 0 of 1)
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        averaging: Averaging | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        averaging = PointAveraging() if averaging is None else averaging
+        if not isinstance(averaging, Averaging) or isinstance(averaging, DistributedAveraging):
+            raise ArgumentTypeError(
+                f"averaging must be an Averaging of batches within a process, got {averaging!r}"
+            )
+        self._averaging = averaging
+        self._processes = GroupOfProcesses(group)
+
+    @property
+    def depends_on_batches(self) -> bool:  # type: ignore[override]  # as the inner one says
+        """Whether results depend on how the points are split into batches."""
+        return self._averaging.depends_on_batches
+
+    @property
+    def processes(self) -> Processes:
+        """The processes of the group."""
+        return self._processes
+
+    @property
+    def within_process(self) -> Averaging:
+        """The weights, without the processes."""
+        return self._averaging
+
+    def by_points(self) -> Averaging:
+        """The mean over points of the same processes."""
+        return DistributedAveraging(PointAveraging(), self._processes.group)
+
+    def weight(self, num_points: int) -> float:
+        """As of the averaging that was given."""
+        return self._averaging.weight(num_points)
+
+    def reduce(
+        self,
+        values: Iterable[tuple[Tensor, int]],
+        like: Tensor | None = None,
+        same: Same = NOTHING,
+    ) -> Tensor:
+        """The weighted mean over all processes; see `Averaging.reduce`.
+
+        Raises:
+            DataError: There are no values in any process, or their weights sum to zero.
+            DistributedError: Another process raised an error, is gone, or has other values of
+                `same`.
+            HessopsError: As of `Averaging.reduce`, where it is this process that fails.
+        """
+        if like is None:
+            raise ArgumentError(
+                "like is needed: a process without data does not know the shape of the others"
+            )
+        total, weight = self._processes.total(
+            lambda total: self._averaging.add_to(total, values),
+            like.shape,
+            accumulation_dtype(like.dtype),
+            like.device,
+            same,
+        )
+        if weight == 0:
+            raise DataError(
+                f"there is nothing to average: the data are empty in all {self._processes.size} "
+                "processes, or their weights are zero"
+            )
+        return total.div_(weight).to(like.dtype)
+
+    def __repr__(self) -> str:
+        processes = self._processes
+        return (
+            f"DistributedAveraging({self._averaging!r}, rank {processes.rank} of {processes.size})"
+        )
+
+
+class GroupOfProcesses(Processes):
+    """The processes of a torch.distributed group.
+
+    Args:
+        group: ``None`` is the default one.
+
+    Raises:
+        DistributedError: There is none, or this process is not in it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise DistributedError(
+                "there is no process group: call torch.distributed.init_process_group first, in a "
+                "script that torchrun starts"
+            )
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise DistributedError(
+                f"this process is not in the group it was given ({group!r}), so that it cannot "
+                "average with it"
+            )
+        world = dist.group.WORLD
+        assert world is not None
+        self.group: dist.ProcessGroup = world if group is None else group
+
+    @property
+    def rank(self) -> int:
+        """The number of this process within the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How many processes are in the group."""
+        return dist.get_world_size(self.group)
+
+    # --- sums -----------------------------------------------------------------------------
+
+    def total(
+        self,
+        fill: Fill,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        same: Same,
+    ) -> tuple[Tensor, float]:
+        """See `Processes.total`."""
+        # What each process says for itself has a place of its own, where all others add zero.
+        same = {**same, "threads, device or version of torch": lambda: _route(device)}
+        count = prod(shape)
+        buffer = torch.zeros(
+            count + self.size * (HEAD + PIECES * len(same)), dtype=dtype, device=device
+        )
+        total, heads = buffer[:count].view(tuple(shape)), buffer[count:].view(self.size, -1)
+        error: Exception | None = None
+        try:
+            weight = fill(total)
+            head = _head(weight, same, heads)
+        except Exception as raised:
+            error = raised
+            heads[self.rank, HEAD - 1] = 1
+        else:
+            heads[self.rank] = head
+        self._all_reduce(buffer)
+        # In float64, so that nothing is lost of a weight.
+        told = heads.double().tolist()
+        failed = [rank for rank, head in enumerate(told) if head[HEAD - 1]]
+        if failed:
+            self._raise(error, failed)
+        self._require_same(told, list(same))
+        return total, sum(head[0] + head[1] for head in told)
+
+    def gathered(self, words: Callable[[], Sequence[int]], count: int) -> list[list[int]]:
+        """See `Processes.gathered`."""
+        table = torch.zeros(self.size, 1 + count, dtype=torch.int64, device=self._device)
+        error: Exception | None = None
+        try:
+            table[self.rank, 1:] = torch.tensor([*words()], dtype=torch.int64)
+        except Exception as raised:
+            error = raised
+            table[self.rank, 0] = 1
+        self._all_reduce(table)
+        told: list[list[int]] = table.tolist()
+        failed = [rank for rank, row in enumerate(told) if row[0]]
+        if failed:
+            self._raise(error, failed)
+        return [row[1:] for row in told]
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """See `Processes.broadcast`."""
+        if self.size == 1:
+            return tensor
+        # Contiguous everywhere: products with other strides may be rounded otherwise.
+        tensor = tensor.contiguous() if source == self.rank else tensor.new_empty(tensor.shape)
+        self._run(dist.broadcast, tensor, src=dist.get_global_rank(self.group, source))
+        return tensor
+
+    def collected(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of one shape of all processes, in the order of the ranks."""
+        tensor = tensor.contiguous()
+        all_of_them = tensor.new_empty(self.size, *tensor.shape)
+        self._run(lambda parts, **kwargs: dist.all_gather(parts, tensor, **kwargs), [*all_of_them])
+        return [*all_of_them]
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """See `Processes.owners`."""
+        return spread(costs, self.size)
+
+    def generator(self, source: torch.Generator) -> torch.Generator:
+        """See `Processes.generator`; every process draws one number from its source."""
+        if self.size == 1:
+            return source
+        drawn = int(torch.randint(2**62, (), generator=source, device=source.device))
+        seed = word_of_values([drawn, self.rank])
+        return torch.Generator(device=source.device).manual_seed(seed % 2**63)
+
+    # --- failures -------------------------------------------------------------------------
+
+    def _raise(self, own: Exception | None, failed: Sequence[int]) -> None:
+        """Raises the error of this process, or tells of those of others."""
+        text = "" if own is None else f"{type(own).__name__}: {own}"
+        mine = torch.zeros(self.size, MESSAGE_BYTES, dtype=torch.uint8, device=self._device)
+        encoded = text.encode()[:MESSAGE_BYTES]
+        mine[self.rank, : len(encoded)] = torch.tensor([*encoded], dtype=torch.uint8)
+        self._all_reduce(mine)
+        texts = {
+            rank: bytes(mine[rank].tolist()).rstrip(b"\0").decode(errors="ignore")
+            for rank in failed
+        }
+        if own is not None:
+            own.add_note(f"(raised in rank {self.rank} of {self.size}; failed: ranks {failed})")
+            raise own
+        raise RemoteError(
+            "; ".join(f"rank {rank} of {self.size} raised {texts[rank]}" for rank in failed)
+        )
+
+    def _require_same(self, told: Sequence[Sequence[float]], names: Sequence[str]) -> None:
+        for place, name in enumerate(names):
+            start = HEAD + PIECES * place
+            values = [head[start : start + PIECES] for head in told]
+            others = [rank for rank, value in enumerate(values) if value != values[0]]
+            if others:
+                raise DistributedError(
+                    f"{name} differ between processes: ranks {others} have others than rank 0, and "
+                    f"the sum would mean nothing. {_REMEDIES.get(name, '')}".rstrip()
+                )
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        self._run(dist.all_reduce, tensor)
+
+    def _run(self, collective: Callable[..., Any], tensor: Any, **kwargs: object) -> None:
+        """Runs a collective operation to its end.
+
+        Raises:
+            DistributedError: It fails, as when a process is gone.
+        """
+        try:
+            work = collective(tensor, group=self.group, async_op=True, **kwargs)
+            self._wait(work, tensor)
+        except RuntimeError as error:
+            if isinstance(error, DistributedError):
+                raise
+            self._give_up()
+            raise DistributedError(
+                f"rank {self.rank} of {self.size} cannot reach the other processes: {error} One of "
+                "them is gone, or waits for something else than this one; see what it said. The "
+                "group cannot be used any more"
+            ) from error
+
+    def _wait(self, work: dist.Work, tensor: Any) -> None:
+        first = tensor if isinstance(tensor, Tensor) else tensor[0]
+        if first.device.type != "cpu":
+            work.wait()
+            return
+        # A process may wait for one that is alive but has given up, since a third one is gone.
+        while True:
+            started = time.monotonic()
+            try:
+                work.wait(PATIENCE)
+            except RuntimeError:
+                waited = time.monotonic() - started
+                if work.is_completed() or waited < PATIENCE.total_seconds() / 2:
+                    raise
+                if self._has_given_up():
+                    raise
+            else:
+                return
+
+    @property
+    def _note(self) -> str:
+        return f"hessops: given up in {self.group.group_name}"
+
+    def _store(self) -> Any:
+        return dist.distributed_c10d._get_process_group_store(self.group)
+
+    def _give_up(self) -> None:
+        with suppress(Exception):  # the process that keeps the store may be the one that is gone
+            self._store().set(self._note, str(self.rank))
+
+    def _has_given_up(self) -> bool:
+        try:
+            return bool(self._store().check([self._note]))
+        except Exception:  # so is the store
+            return True
+
+    @property
+    def _device(self) -> torch.device:
+        """Where small messages are, for which the group has a backend."""
+        config = dist.get_backend_config(self.group)
+        if "cpu:" in config or "cuda:" not in config:
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    # --- data -----------------------------------------------------------------------------
+
+    def require_shard(self, data: object) -> None:
+        """See `Processes.require_shard`."""
+        sampler = _distributed_sampler(data)
+        if sampler is None:
+            return
+        if (sampler.num_replicas, sampler.rank) != (self.size, self.rank):
+            raise DataError(
+                f"the DistributedSampler of dataloader gives the points of rank {sampler.rank} of "
+                f"{sampler.num_replicas}, but this is rank {self.rank} of {self.size}: points "
+                "would be counted twice or never"
+            )
+        count = len(sampler.dataset)  # type: ignore[arg-type]  # it has taken its length too
+        if sampler.total_size > count:
+            raise DataError(
+                f"the DistributedSampler of dataloader repeats {sampler.total_size - count} of "
+                f"{count} points, so that all {self.size} shards are equally long, and they would "
+                "be counted twice: use DataLoader(hessops.distributed.shard(dataset), ...) "
+                "without a sampler"
+            )
+
+    def plan_of(self, data: object) -> int:
+        """See `Processes.plan_of`."""
+        sampler = _distributed_sampler(data)
+        if sampler is None:
+            return 0
+        return word_of_values(
+            [sampler.seed, sampler.epoch, sampler.shuffle, sampler.drop_last, sampler.total_size]
+        )
+
+
+def _route(device: torch.device) -> int:
+    """What decides how the same numbers are rounded, and with it what a solver does next."""
+    return word_of_values(
+        [torch.get_num_threads(), torch.__version__, device.type, platform.machine()]
+    )
+
+
+_REMEDIES: Mapping[str, str] = {
+    "right-hand sides": (
+        "Random ones are drawn from generators that must be seeded alike: call torch.manual_seed "
+        "with the same number in all processes, or pass generators."
+    ),
+    "parameters": (
+        "Load the same weights and buffers (running means too) in all processes, or broadcast "
+        "those of rank 0."
+    ),
+    "threads, device or version of torch": (
+        "Equal sums need equal ways: call torch.set_num_threads with the same number."
+    ),
+    "samplers": "Call set_epoch with the same number in all processes.",
+    "operators": "All processes make the same operators and apply them in the same order.",
+}
+
+
+def _head(weight: float, same: Same, heads: Tensor) -> Tensor:
+    """What a process says for itself: its weight in two parts, no error, and its hashes."""
+    rounded = torch.tensor(weight, dtype=heads.dtype).item()
+    head = heads.new_zeros(heads.shape[1])
+    head[0], head[1] = rounded, weight - rounded
+    for place, value in enumerate(same.values()):
+        word = torch.as_tensor(value(), dtype=torch.int64, device=heads.device)
+        for piece in range(PIECES):
+            bits = (word >> (PIECE_BITS * piece)) & (2**PIECE_BITS - 1)
+            head[HEAD + PIECES * place + piece] = bits
+    return head
+
+
+def _distributed_sampler(data: object) -> DistributedSampler[object] | None:
+    if not isinstance(data, DataLoader):
+        return None
+    for sampler in (data.sampler, getattr(data.batch_sampler, "sampler", None), data.batch_sampler):
+        if isinstance(sampler, DistributedSampler):
+            return sampler
+    return None
+
+
+# --- data and results -------------------------------------------------------------------------
+
+
+def shard(dataset: Dataset[Any], group: dist.ProcessGroup | None = None) -> Subset[Any]:
+    """The part of a dataset that is this process's: consecutive points, none of them twice.
+
+    Rank r of R has the points from ⌊r·N/R⌋ to ⌊(r+1)·N/R⌋, so that shards differ by one point at
+    most and may be empty, and what ranks compute for their points is in order when it is joined in
+    the order of the ranks (`gather`).
+
+    Args:
+        dataset: N points, with ``len`` and access by position.
+        group: ``None`` is the default process group.
+
+    Raises:
+        ArgumentTypeError: `dataset` has no length, or no access by position.
+        DistributedError: There is no process group.
+    """
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        raise ArgumentTypeError(
+            f"dataset must have a length and access by position, got {type(dataset).__name__}; "
+            "let an iterable dataset give other points in each process"
+        )
+    if isinstance(dataset, DataLoader):
+        raise ArgumentTypeError(
+            "dataset is a DataLoader: shard its dataset, and make a DataLoader of the shard"
+        )
+    processes = GroupOfProcesses(group)
+    rank, size, count = processes.rank, processes.size, len(dataset)
+    return Subset(dataset, range(rank * count // size, (rank + 1) * count // size))
+
+
+def gather(tensor: Tensor, dim: int = 0, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The tensors of all processes, joined in the order of the ranks; the same in all of them.
+
+    Args:
+        tensor: This process's; along `dim` it may be shorter or longer than the others.
+        dim: The dimension along which they are joined.
+        group: ``None`` is the default process group.
+
+    Raises:
+        ShapeError: They differ in another dimension.
+        DistributedError: They differ in dtype, or a process is gone.
+    """
+    if not tensor.ndim or not -tensor.ndim <= dim < tensor.ndim:
+        raise ShapeError(f"dim is {dim}, but tensor has shape {tuple(tensor.shape)}")
+    processes = GroupOfProcesses(group)
+    moved = tensor.detach().movedim(dim, 0)
+
+    def kind() -> list[int]:
+        fixed = word_of_values([tuple(moved.shape[1:]), str(tensor.dtype)])
+        return [len(moved), fixed]
+
+    kinds = processes.gathered(kind, 2)
+    if len({fixed for _, fixed in kinds}) > 1:
+        raise ShapeError(
+            f"tensor has shape {tuple(tensor.shape)} and dtype {tensor.dtype} in rank "
+            f"{processes.rank}; other ranks have another dtype, or shape beside dimension {dim}"
+        )
+    lengths = [length for length, _ in kinds]
+    padded = moved.new_zeros(max(lengths), *moved.shape[1:])
+    padded[: len(moved)] = moved
+    parts = processes.collected(padded)
+    joined = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return joined.movedim(0, dim).contiguous()
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """A stretch of work after which all processes go on, or all raise.
+
+    For work on a shard between what operators do, such as scoring its points: without it, an error
+    in one process leaves the others waiting for it.
+
+    Args:
+        group: ``None`` is the default process group.
+
+    Raises:
+        RemoteError: Another process raised an error inside.
+        DistributedError: A process is gone.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from hessops.distributed import together
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> with together():
+        ...     score = 1 + 1
+        >>> dist.destroy_process_group()
+    """
+    with GroupOfProcesses(group).together():
+        yield
