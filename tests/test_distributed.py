@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,20 @@ import torch
 import torch.distributed as dist
 from rank_checks import CHECKS
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from hessops import DistributedAveraging, HessianOperator, PointAveraging
+from hessops import DistributedAveraging, HessianOperator, Objective, PointAveraging
 from hessops.distributed import gather, shard
-from hessops.errors import ArgumentError, ArgumentTypeError, DistributedError, RemoteError
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DistributedError,
+    ModelError,
+    RemoteError,
+)
 from hessops.processes import ONE_PROCESS, spread
 
 HERE = Path(__file__).parent
@@ -126,6 +135,23 @@ def test_averages_over_processes_are_not_nested() -> None:
 def test_the_shape_must_be_known_beforehand() -> None:
     with pytest.raises(ArgumentError, match="like is needed"):
         DistributedAveraging().reduce([(torch.ones(2), 1)])
+
+
+def by_layer() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+def by_columns() -> nn.Module:
+    model, mesh = nn.Sequential(nn.Linear(4, 8)), init_device_mesh("cpu", (1,))
+    return parallelize_module(model, mesh, {"0": ColwiseParallel()})
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("sharded", [by_layer, by_columns])
+def test_sharded_parameters_are_refused(sharded: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ModelError, match=r"'0.weight' is a DTensor.*get_model_state_dict"):
+        Objective(sharded(), nn.MSELoss())
 
 
 class Endless(torch.utils.data.IterableDataset):

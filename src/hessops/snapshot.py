@@ -193,6 +193,7 @@ def _require_unchanged_parameters(model: nn.Module, space: ParameterSpace) -> No
 def _refuse_unsuitable(model: nn.Module) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ModelError(f"model is a {type(model).__name__}; pass the module inside, model.module")
+    _refuse_sharded(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             part = f" in its module {name!r}" if name else ""
@@ -217,6 +218,26 @@ def _refuse_unsuitable(model: nn.Module) -> None:
                 f"module {name!r} ({type(module).__name__}) has scale_grad_by_freq=True, so that "
                 "its gradients are not those of the loss; set it to False"
             )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuses a model of whose parameters this process holds a part only."""
+    wrappers = [
+        type(module).__name__
+        for module in model.modules()
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
+    ]
+    # By name: importing what makes them takes longer than importing all of this.
+    sharded = [name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"]
+    if wrappers or sharded:
+        found = f"parameter {sharded[0]!r} is a DTensor" if sharded else f"it is in {wrappers[0]}"
+        raise ModelError(
+            f"model is sharded over processes ({found}): an operator needs whole parameters in "
+            "each process. Load them into a plain module, by "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)), and shard the data instead "
+            "(DistributedAveraging)"
+        )
 
 
 def _refuse_shared_parameters(model: nn.Module, loss: Loss) -> None:
