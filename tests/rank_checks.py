@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,14 @@ from hessops import (
     operator_spectral_approximation,
 )
 from hessops.distributed import gather, shard, together
-from hessops.errors import ArgumentError, DataError, DistributedError, RemoteError, ShapeError
+from hessops.errors import (
+    ArgumentError,
+    DataError,
+    DistributedError,
+    MemoryLimitError,
+    RemoteError,
+    ShapeError,
+)
 from hessops.influence import (
     ArnoldiInfluence,
     CgInfluence,
@@ -258,7 +265,8 @@ def combinations_sum_once_for_each_part() -> None:
     combined.apply(vectors(1, len(expected)))
     with counted() as summed:
         dense = combined.to_dense()
-    assert len(summed) == 2
+    # Whether all have the memory, and the two products.
+    assert [t.dtype for t in summed] == [torch.int64, torch.float64, torch.float64]
     assert_close(dense, expected)
 
 
@@ -724,6 +732,16 @@ def ranks_that_differ_are_told_so() -> None:
             over_ranks.apply(rows)
     finally:
         torch.set_num_threads(1)
+
+
+@check
+def memory_that_one_rank_lacks_is_lacking_in_all() -> None:
+    over_ranks, _ = pair_of("Hessian")
+    last = dist.get_world_size() - 1
+    free = mock.patch("hessops.operators.base.available_bytes", return_value=10)
+    expected = (MemoryLimitError, "dense") if dist.get_rank() == last else (RemoteError, "dense")
+    with free if dist.get_rank() == last else nullcontext(), raises(*expected):
+        over_ranks.shift(1.0).to_dense()
 
 
 @check

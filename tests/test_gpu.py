@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from influence_cases import CASES, Problem
 from kronecker_cases import CASES as KRONECKER_CASES
 from kronecker_cases import problem as kronecker_problem
@@ -19,6 +20,7 @@ from torch import nn
 from hessops import (
     CgOperator,
     DirectSolveOperator,
+    DistributedAveraging,
     EkfacOperator,
     GeneralizedGaussNewtonOperator,
     JacobiPreconditioner,
@@ -28,6 +30,7 @@ from hessops import (
     MinresOperator,
     NystroemPreconditioner,
 )
+from hessops.distributed import gather, together
 from hessops.influence import SequentialInfluenceCalculator
 from hessops.testing import check_operator
 
@@ -46,6 +49,27 @@ def test_products_equal_those_on_the_cpu(name: str, operator_name: str) -> None:
     for result in (moved, built):
         assert result.device.type == "cuda"
         assert relative_error(result.cpu(), expected) < 1e-9
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_averages_over_ranks_equal_those_of_one_process(backend: str) -> None:
+    model, x, y = case("layer norm", torch.float64)
+    model, data, loss = model.cuda(), [(x, y)], nn.CrossEntropyLoss()
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        averaging = DistributedAveraging()
+        over_ranks = GeneralizedGaussNewtonOperator(model, loss, data, averaging=averaging)
+        rows = torch.randn(3, over_ranks.input_size, dtype=torch.float64)
+        expected = GeneralizedGaussNewtonOperator(model, loss, data).apply(rows)
+        assert torch.equal(over_ranks.apply(rows), expected)
+        factored = KfacOperator(model, loss, data, averaging=averaging)
+        alone = KfacOperator(model, loss, data).to_dense()
+        assert relative_error(factored.to_dense(), alone) < 1e-12
+        assert torch.equal(gather(expected, dim=1), expected)
+        with pytest.raises(ZeroDivisionError), together():
+            raise ZeroDivisionError
+    finally:
+        dist.destroy_process_group()
 
 
 def test_operators_conform_and_move_back() -> None:

@@ -478,12 +478,13 @@ def _dense_blocks(operator: TensorOperator, positions: Sequence[Tensor]) -> list
     """The diagonal blocks at some positions, by products with all unit vectors in chunks."""
     size, itemsize = operator.input_size, operator.dtype.itemsize
     needed = sum(len(where) ** 2 for where in positions) * itemsize
-    limit = available_bytes(operator.device) // 2
-    if needed > limit:
-        raise MemoryLimitError(
-            f"the dense blocks take {needed:,} bytes, more than the {limit:,} that may be used; "
-            "choose smaller blocks, or a recipe such as NystroemPreconditioner for each"
-        )
+    with operator.processes.together():
+        limit = available_bytes(operator.device) // 2
+        if needed > limit:
+            raise MemoryLimitError(
+                f"the dense blocks take {needed:,} bytes, more than the {limit:,} that may be "
+                "used; choose smaller blocks, or a recipe such as NystroemPreconditioner for each"
+            )
     blocks = [
         torch.zeros(len(where), len(where), dtype=operator.dtype, device=operator.device)
         for where in positions

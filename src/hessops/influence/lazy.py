@@ -25,7 +25,6 @@ from hessops.influence.modes import InfluenceMode
 from hessops.influence.ordered import OrderedBatches, Placed
 from hessops.influence.storage import ChunkStore, ZarrArray, manifest_of
 from hessops.isolation import isolated
-from hessops.operators.curvature import batch_operators
 from hessops.validation import checked_count
 
 # Chunks of a store are at least this large, where there are as many numbers.
@@ -222,10 +221,8 @@ class LazyFactors(FactorSource):
 
     def require_resumable(self) -> None:
         """As of `FactorSource`: processes solve together, but may have written different chunks."""
-        fitted = self._model.fitted
-        operators = [block.operator for block in fitted.blocks.values() if block.operator]
-        parts = [part for operator in operators for part in batch_operators(operator)]
-        if self._model.needs_data and any(p.averaging.processes.size > 1 for p in parts):
+        inverses = self._model.inverses.values()
+        if any(inverse.processes.size > 1 for inverse in inverses):
             raise DistributedError(
                 "factors are solved for by all processes together, of which one may have chunks "
                 "that another lacks: compute() them first, and write what influences_from_factors "

@@ -23,6 +23,7 @@ from hessops.errors import (
 )
 from hessops.interop.scipy import as_linear_operator
 from hessops.isolation import isolated
+from hessops.processes import ONE_PROCESS, Processes
 from hessops.space import ParameterSpace
 from hessops.validation import (
     available_bytes,
@@ -397,12 +398,15 @@ class TensorOperator(ABC):
             MemoryLimitError: The matrix would not fit.
         """
         size, itemsize = self.input_size, self.dtype.itemsize
-        limit = available_bytes(self.device) // 2 if max_bytes is None else max_bytes
-        if size * size * itemsize > limit:
-            raise MemoryLimitError(
-                f"a dense ({size}, {size}) {self.dtype} matrix takes {size * size * itemsize:,} "
-                f"bytes, more than the {limit:,} allowed; use products, or raise max_bytes"
-            )
+        # What is free may differ from process to process.
+        with self.processes.together():
+            limit = available_bytes(self.device) // 2 if max_bytes is None else max_bytes
+            if size * size * itemsize > limit:
+                raise MemoryLimitError(
+                    f"a dense ({size}, {size}) {self.dtype} matrix takes "
+                    f"{size * size * itemsize:,} bytes, more than the {limit:,} allowed; use "
+                    "products, or raise max_bytes"
+                )
         # Row i of the products is A e_i, which is column i.
         columns = torch.empty(size, size, dtype=self.dtype, device=self.device)
         chunk = max(1, min(size, DENSE_CHUNK_BYTES // (size * itemsize)))
@@ -412,6 +416,12 @@ class TensorOperator(ABC):
             rows.diagonal(start).fill_(1)
             columns[start:stop] = self.apply(rows)
         return columns.T.contiguous()
+
+    @property
+    def processes(self) -> Processes:
+        """Who takes part in a product: this process, or those that its data are sharded over."""
+        several = (child.processes for child in self._children())
+        return next((some for some in several if some is not ONE_PROCESS), ONE_PROCESS)
 
     def to_scipy(self) -> LinearOperator[Any]:
         """A `scipy.sparse.linalg.LinearOperator` with the operator's own dtype.

@@ -24,7 +24,7 @@ from hessops.isolation import isolated
 from hessops.objective import Objective
 from hessops.operators.base import TensorDictOperator, TensorOperator
 from hessops.point_loss import Loss, Reduction
-from hessops.processes import ONE_PROCESS, Same
+from hessops.processes import ONE_PROCESS, Processes, Same
 from hessops.space import RestrictTo
 from hessops.streaming import Batch, BatchStream, Unpack
 
@@ -116,6 +116,11 @@ class BatchOperator(TensorDictOperator):
         same = {"right-hand sides": lambda: hash_of_entries(rows), **self.sameness()}
         return self.averaging.reduce(self._batch_products(rows), like=rows, same=same)
 
+    @property
+    def processes(self) -> Processes:
+        """As of the averaging."""
+        return self.averaging.processes
+
     def sameness(self) -> Same:
         """What must be equal in all processes that average over their data together."""
         operation, objective = self.batch_operation, self.objective
@@ -128,7 +133,7 @@ class BatchOperator(TensorDictOperator):
         ]
         return {
             "operators": lambda: word_of_values(kind),
-            "samplers": lambda: self.averaging.processes.plan_of(self.stream.data),
+            "samplers": lambda: self.processes.plan_of(self.stream.data),
             "parameters": lambda: 0 if objective is None else objective.hash_of_values(),
         }
 
@@ -150,7 +155,7 @@ class BatchOperator(TensorDictOperator):
         Raises:
             HessopsError: See `Objective.check` and `BatchStream`.
         """
-        with isolated(self.device), self.averaging.processes.together():
+        with isolated(self.device), self.processes.together():
             if not self._is_checked:
                 for _ in self.checked_batches(self.stream):
                     pass

@@ -39,7 +39,7 @@ from hessops.operators.eigen_blocks import BlockEigenOperator
 from hessops.operators.kronecker_block import KroneckerOperator
 from hessops.operators.kronecker_file import save_factors
 from hessops.point_loss import Loss, Reduction
-from hessops.processes import Processes
+from hessops.processes import ONE_PROCESS, Processes
 from hessops.randomness import resolved_generator
 from hessops.space import RestrictTo
 from hessops.streaming import Batch, Unpack
@@ -192,7 +192,7 @@ class KfacOperator(BlockEigenOperator):
             self.fisher_type,
             self.kfac_approx,
             self._num_samples,
-            self._processes.generator(self._generator),
+            self.curvature.processes.generator(self._generator),
             self._max_dense,
         )
         device = self.curvature.device
@@ -329,7 +329,7 @@ class KfacOperator(BlockEigenOperator):
         self, matrices: Mapping[tuple[str, str], Tensor]
     ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
         """Eigenvalues and eigenvectors; each process decomposes its share and tells the others."""
-        processes = self._processes
+        processes = self.curvature.processes
         costs = [m.numel() * m.shape[-1] for m in matrices.values()]
         owners = dict(zip(matrices, processes.owners(costs), strict=True))
         mine = {key: m for key, m in matrices.items() if owners[key] == processes.rank}
@@ -343,8 +343,9 @@ class KfacOperator(BlockEigenOperator):
         return pairs
 
     @property
-    def _processes(self) -> Processes:
-        return self.curvature.averaging.processes
+    def processes(self) -> Processes:
+        """Products are with what each process has; its exact counterpart is `curvature`."""
+        return ONE_PROCESS
 
     def _kronecker_block(
         self,
@@ -372,7 +373,7 @@ class KfacOperator(BlockEigenOperator):
         self, matrices: Mapping[tuple[str, str], Tensor]
     ) -> Iterator[tuple[tuple[str, str], Tensor]]:
         ordered = sorted(matrices.items(), key=lambda item: -item[1].shape[-1])
-        if not self._progress or self._processes.rank:
+        if not self._progress or self.curvature.processes.rank:
             yield from ordered
             return
         with tqdm(ordered, desc="decompositions", unit="factor", leave=False) as bar:

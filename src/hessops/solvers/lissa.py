@@ -215,7 +215,7 @@ class LissaOperator(InverseOperator):
         averaging: Averaging = POINT_AVERAGING,
     ) -> None:
         operator = BatchOperator(batch_operation, data, averaging, cache=cache, unpack=unpack)
-        is_distributed = averaging.processes is not ONE_PROCESS
+        is_distributed = operator.processes is not ONE_PROCESS
         if is_distributed and num_chains != 1:
             raise ArgumentError(
                 f"num_chains is {num_chains}, but over several processes every step takes all the "
