@@ -26,7 +26,10 @@ from hessops.errors import (
 )
 from hessops.functional.precision import accumulation_dtype
 from hessops.hashing import word_of_values
-from hessops.processes import Fill, Processes, Same, spread
+from hessops.processes import Processes, Same, spread
+
+# Adds to a tensor of zeros what a process has, and returns the weight of that.
+Fill = Callable[[Tensor], float]
 
 # Hashes travel as pieces of so many bits, which float32 holds exactly.
 PIECE_BITS, PIECES = 20, 3
@@ -199,7 +202,19 @@ class GroupOfProcesses(Processes):
         device: torch.device,
         same: Same,
     ) -> tuple[Tensor, float]:
-        """See `Processes.total`."""
+        """The sum over processes of what each has, and of its weight, by one all-reduce.
+
+        Args:
+            fill: Adds to a tensor of zeros what this process has, and returns its weight.
+            shape: Of that tensor.
+            dtype: Of that tensor.
+            device: Of that tensor.
+            same: What must be equal in all processes.
+
+        Raises:
+            DistributedError: Another process raised an error, is gone, or has other values of
+                `same`.
+        """
         # What each process says for itself has a place of its own, where all others add zero.
         same = {**same, "threads, device or version of torch": lambda: _route(device)}
         count = prod(shape)
@@ -346,16 +361,19 @@ class GroupOfProcesses(Processes):
         return f"hessops: given up in {self.group.group_name}"
 
     def _store(self) -> Any:
-        return dist.distributed_c10d._get_process_group_store(self.group)
+        """Where the processes of a group met and can leave notes; ``None`` where torch hides it."""
+        find = getattr(dist.distributed_c10d, "_get_process_group_store", None)
+        return None if find is None else find(self.group)
 
     def _give_up(self) -> None:
         with suppress(Exception):  # the process that keeps the store may be the one that is gone
             self._store().set(self._note, str(self.rank))
 
     def _has_given_up(self) -> bool:
+        store = self._store()
         try:
-            return bool(self._store().check([self._note]))
-        except Exception:  # so is the store
+            return store is not None and bool(store.check([self._note]))
+        except Exception:  # the store is gone, with the process that kept it
             return True
 
     @property

@@ -12,8 +12,6 @@ from torch import Tensor
 # What must be the same in all processes, by a name for messages: 64-bit hashes, as numbers or as
 # int64 tensors of no dimension.
 Same = Mapping[str, Callable[[], "int | Tensor"]]
-# Adds to a tensor of zeros what a process has, and returns the weight of that.
-Fill = Callable[[Tensor], float]
 
 
 class Processes(ABC):
@@ -32,29 +30,6 @@ class Processes(ABC):
     @abstractmethod
     def size(self) -> int:
         """How many there are."""
-
-    @abstractmethod
-    def total(
-        self,
-        fill: Fill,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        same: Same,
-    ) -> tuple[Tensor, float]:
-        """The sum over processes of what each has, and of its weight, by one all-reduce.
-
-        Args:
-            fill: Adds to a tensor of zeros what this process has, and returns its weight.
-            shape: Of that tensor.
-            dtype: Of that tensor.
-            device: Of that tensor.
-            same: What must be equal in all processes.
-
-        Raises:
-            DistributedError: Another process raised an error, is gone, or has other values of
-                `same`.
-        """
 
     @abstractmethod
     def gathered(self, words: Callable[[], Sequence[int]], count: int) -> list[list[int]]:
@@ -121,18 +96,6 @@ class OneProcess(Processes):
 
     rank = 0
     size = 1
-
-    def total(
-        self,
-        fill: Fill,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        same: Same,
-    ) -> tuple[Tensor, float]:
-        """What it has."""
-        total = torch.zeros(tuple(shape), dtype=dtype, device=device)
-        return total, fill(total)
 
     def gathered(self, words: Callable[[], Sequence[int]], count: int) -> list[list[int]]:
         """What it computes."""
