@@ -1051,3 +1051,27 @@ def test_a_model_made_in_inference_mode_can_be_differentiated() -> None:
     data = [(inputs(), values())]
     expected = HessianOperator(mlp(), nn.MSELoss(), data).to_dense()
     assert torch.equal(HessianOperator(model, nn.MSELoss(), data).to_dense(), expected)
+
+
+def test_another_thread_that_draws_now_and_then_is_not_the_model() -> None:
+    """The threads of a cluster's client draw from Python's generator at any time."""
+    drawn = iter([True, False, True, True, False])
+
+    class Disturbed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] == 6 and next(drawn, False):
+                random.random()
+            return self.layer(x)
+
+    def disturbed_loss(output: Tensor, target: Tensor) -> Tensor:
+        if output.shape[0] == 6 and next(drawn, False):
+            random.random()
+        return nn.functional.cross_entropy(output, target)
+
+    objective = Objective(Disturbed(), disturbed_loss)
+    objective.check(Batch.from_raw((torch.randn(6, 3), torch.arange(6) % 2)))
+    assert next(drawn, None) is None

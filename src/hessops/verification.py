@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ from hessops.point_loss import ADVICE_ON_LOSS, PointLoss
 from hessops.snapshot import ModelSnapshot
 from hessops.space import require_finite
 from hessops.streaming import Batch, take_rows
+
+_Result = TypeVar("_Result")
+# Threads of other libraries (the client of a cluster, for one) draw from Python's global generator
+# at any time. What draws in each of so many runs is the model itself.
+NUM_RUNS = 5
 
 
 class Verification:
@@ -84,11 +90,14 @@ class Verification:
 
     def _verified_output(self) -> object:
         """The output of one forward, without its graph."""
-        before = random_state(self._device)
-        forward = _WatchedForward(self._snapshot, self._batch.x)
-        with self._explaining_dtypes(_floating(self._batch.x, "x")):
-            output = forward.run()
-        if random_state(self._device) != before:
+
+        def run() -> tuple[_WatchedForward, object]:
+            forward = _WatchedForward(self._snapshot, self._batch.x)
+            with self._explaining_dtypes(_floating(self._batch.x, "x")):
+                return forward, forward.run()
+
+        (forward, output), draws = self._observed(run)
+        if draws:
             raise TrainingModeError(
                 "the model's forward draws random numbers (active dropout?)" + self._mode_advice()
             )
@@ -96,6 +105,18 @@ class Verification:
         self._require_rows(output)
         self._require_dependence(output, forward.leaves)
         return map_tensors(Tensor.detach, output)
+
+    def _observed(self, run: Callable[[], _Result]) -> tuple[_Result, bool]:
+        """What something returns, and whether it draws from the global generators."""
+        for _ in range(NUM_RUNS):
+            *before, of_python = random_state(self._device)
+            result = run()
+            *after, of_python_after = random_state(self._device)
+            if after != before:
+                return result, True
+            if of_python_after == of_python:
+                return result, False
+        return result, True
 
     def _require_nothing_written(self, forward: _WatchedForward) -> None:
         if forward.writes_input:
@@ -217,11 +238,14 @@ class Verification:
 
     def _verified_loss(self, output: object) -> Tensor:
         """The loss of an output that records gradients."""
-        before = random_state(self._device)
-        y = map_tensors(torch.clone, self._batch.y)
-        with self._explaining_dtypes(_floating(self._batch.y, "y")):
-            value = self._point_loss.function(map_tensors(torch.clone, output), y)
-        if random_state(self._device) != before:
+
+        def run() -> tuple[object, Tensor]:
+            y = map_tensors(torch.clone, self._batch.y)
+            with self._explaining_dtypes(_floating(self._batch.y, "y")):
+                return y, self._point_loss.function(map_tensors(torch.clone, output), y)
+
+        (y, value), draws = self._observed(run)
+        if draws:
             raise TrainingModeError("loss draws random numbers; it must be deterministic")
         self._point_loss.require_shape(value, self._batch)
         if _is_written(y):
