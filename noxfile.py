@@ -79,7 +79,9 @@ def _run_script(session: nox.Session, script: Path, *arguments: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after -- go to pytest."""
     python = _shared_python(session)
-    session.run(python, "-m", "pytest", "-n", "2", *session.posargs, external=True)
+    # Tests that share a cluster of processes run in one place.
+    spread = ["-n", "2", "--dist", "loadgroup"]
+    session.run(python, "-m", "pytest", *spread, *session.posargs, external=True)
 
 
 @nox.session

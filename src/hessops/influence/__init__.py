@@ -2,6 +2,9 @@
 
 from hessops.influence.bilinear import BilinearForm, LowRankBilinearForm
 from hessops.influence.calculators import SequentialInfluenceCalculator
+from hessops.influence.converter import TorchNumpyConverter
+from hessops.influence.dask import DaskInfluenceCalculator
+from hessops.influence.dask_dataset import torch_dataset_to_dask_array
 from hessops.influence.ekfac import EkfacInfluence
 from hessops.influence.fitted import FittedBlock, FittedModel, TrainingData
 from hessops.influence.gradients import GradientProvider
@@ -26,6 +29,7 @@ __all__ = [
     "BlockMode",
     "CgInfluence",
     "Damping",
+    "DaskInfluenceCalculator",
     "DirectInfluence",
     "EkfacInfluence",
     "FittedBlock",
@@ -45,5 +49,7 @@ __all__ = [
     "SecondOrderMode",
     "SequentialInfluenceCalculator",
     "TopInfluences",
+    "TorchNumpyConverter",
     "TrainingData",
+    "torch_dataset_to_dask_array",
 ]
