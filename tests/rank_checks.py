@@ -53,6 +53,8 @@ from hessops.errors import (
     DataError,
     DistributedError,
     MemoryLimitError,
+    NonFiniteError,
+    OneShotDataError,
     RemoteError,
     ShapeError,
 )
@@ -335,7 +337,8 @@ def lissa_is_the_recursion_with_all_data() -> None:
     assert_close(first, reference)
     assert_close(value, reference)
     assert_same_everywhere(first, value)
-    assert len(summed) == 41  # the last one for the true residual
+    of_products = [t for t in summed if t.is_floating_point()]
+    assert len(of_products) == 41  # the last one for the true residual
     with raises(ArgumentError, "num_chains"):
         LissaOperator(
             over_ranks.batch_operation, own(points()), num_chains=2,
@@ -399,8 +402,10 @@ def factors_are_one_all_reduce_and_decompositions_are_spread() -> None:
 
     with counted() as summed, mock.patch.object(torch.linalg, "eigh", eigh):
         factored(EkfacOperator, DistributedAveraging())
-    # Factors, whether all decompositions went well, and corrected eigenvalues.
-    assert [t.dtype for t in summed] == [torch.float64, torch.int64, torch.float64]
+    # Whether all have made the operator, and the same; factors and what was demoted; whether all
+    # decompositions went well; corrected eigenvalues.
+    whole, real = torch.int64, torch.float64
+    assert [t.dtype for t in summed] == [whole, whole, real, whole, whole, real]
     everywhere: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, decomposed)
     assert sorted(size for sizes in everywhere for size in sizes) == [3, 5, 6, 7]
@@ -450,6 +455,58 @@ def a_layer_that_is_none_for_one_rank_is_none_for_all() -> None:
     assert_close(over_ranks.to_dense(), alone.to_dense())
 
 
+class TiedByPoint(nn.Module):
+    """Layers of which one or the other is used once more, by the sign of the first input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, width)
+        self.narrow, self.last = nn.Linear(width, width), nn.Linear(width, 3)
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = (x[:, :1] < -1).double(), (x[:, :1] > 1).double()
+        hidden = self.first(x) + high * functional.linear(x, self.first.weight)
+        hidden = self.second(torch.tanh(hidden))
+        narrow = self.narrow(hidden) + low * functional.linear(hidden, self.narrow.weight)
+        return self.norm(self.last(torch.tanh(narrow)))
+
+
+@check
+def ranks_may_find_different_layers_to_be_none() -> None:
+    for width in (4, 5):
+        torch.manual_seed(1)
+        model, (x, y) = TiedByPoint(width).double(), points()
+        x[:, 0] = 0.0
+        x[0, 0], x[-1, 0] = 2.0, -2.0  # a point of the first rank, and one of the last
+        for kind in (KfacOperator, EkfacOperator):
+            over_ranks = kind(model, LOSS, own((x, y)), averaging=DistributedAveraging())
+            alone = kind(model, LOSS, batches(x, y))
+            assert "Exact('first'" in str(over_ranks)
+            assert "Exact('narrow'" in str(over_ranks)
+            assert_close(over_ranks.to_dense(), alone.to_dense(), 1e-11)
+            assert_same_everywhere(over_ranks.to_dense())
+
+
+class WithoutShortBatches(Averaging):
+    def weight(self, num_points: int) -> float:
+        return num_points if num_points == BATCH else 0.0
+
+
+@check
+def a_layer_is_demoted_by_a_batch_without_weight() -> None:
+    torch.manual_seed(1)
+    model, (x, y) = SometimesTied().double(), points()
+    x[:, 0] = -x[:, 0].abs()
+    mine = own((x, y))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        mine = [*mine, (torch.ones(1, 4).double(), y[:1])]
+    averaging = DistributedAveraging(WithoutShortBatches())
+    over_ranks = KfacOperator(model, LOSS, mine, averaging=averaging)
+    assert "Exact('first'" in str(over_ranks)
+    assert_same_everywhere(over_ranks.to_dense())
+
+
 # --- influence --------------------------------------------------------------------------------
 
 Build = Callable[..., InfluenceFunctionModel]
@@ -488,6 +545,8 @@ def influences_are_those_of_one_process() -> None:
         factors = over_ranks.influence_factors(x[test], y[test])
         with together():
             scores = over_ranks.influences_from_factors(factors, x[mine], y[mine])
+            parts = over_ranks.influences_from_factors_by_block(factors, x[mine], y[mine])
+            assert_close(sum(parts.values()) + 1, scores + 1)
         scores = gather(scores, dim=1)
         tolerance = TOLERANCES.get(name, 1e-8 if name == "LiSSA" else 1e-11)
         assert_close(factors, alone.influence_factors(x[test], y[test]), tolerance)
@@ -575,6 +634,12 @@ def results_are_joined_along_any_dimension() -> None:
         gather(torch.zeros(2, rank))
     with raises(ShapeError, "dim is 3"):
         gather(own_part, dim=3)
+    with raises(ShapeError if rank == size - 1 else RemoteError, "dim is 1"):
+        gather(torch.zeros(0) if rank == size - 1 else torch.zeros(2, 1), dim=1)
+    for dtype in (torch.int16, torch.bool, torch.bfloat16, torch.complex128):
+        joined = gather(torch.ones(rank, 2).to(dtype))
+        assert (len(joined), joined.dtype) == (size * (size - 1) // 2, dtype)
+        assert bool((joined == 1).all())
 
 
 @check
@@ -718,14 +783,35 @@ def ranks_that_differ_are_told_so() -> None:
         with torch.no_grad():
             next(model.parameters())[0, 0] += 1e-15
     other = HessianOperator(model, LOSS, own(points()), averaging=DistributedAveraging())
-    with raises(DistributedError, "parameters differ"):
+    with raises(DistributedError, "parameters, buffers or loss differ"):
         other.apply(rows)
-    with raises(DistributedError, "parameters differ"):
+    with raises(DistributedError, "parameters, buffers or loss differ"):
         KfacOperator(model, LOSS, own(points()), averaging=DistributedAveraging())
     kind = GaussNewtonOperator if rank else HessianOperator
     mixed = kind(network(), LOSS, own(points()), averaging=DistributedAveraging())
     with raises(DistributedError, "operators differ"):
         mixed.apply(rows)
+    losses = [
+        nn.CrossEntropyLoss(weight=torch.ones(3).double() + rank, reduction="none"),
+        nn.CrossEntropyLoss(label_smoothing=0.1 * rank),
+    ]
+    for loss in losses:
+        weighted = HessianOperator(
+            network(),
+            loss,
+            own(points()),
+            reduction=loss.reduction,
+            averaging=DistributedAveraging(),
+        )
+        with raises(DistributedError, "loss differ"):
+            weighted.apply(rows)
+    for kind in (KfacOperator, EkfacOperator if rank else KfacOperator):
+        with raises(DistributedError, "settings differ"):
+            fisher_type = "empirical" if rank and kind is KfacOperator else "type-2"
+            factored(kind, DistributedAveraging(), fisher_type=fisher_type, max_dense=10 + rank)
+    for build in (DirectInfluence, CgInfluence):
+        with raises(DistributedError, "settings of the influence model differ"):
+            build(network(), LOSS, 0.1 + rank, averaging=DistributedAveraging()).fit(own(points()))
     torch.set_num_threads(1 + rank)
     try:
         with raises(DistributedError, "threads"):
@@ -752,6 +838,82 @@ def work_between_products_fails_together() -> None:
         _ = 1 / (last - rank)
     with together():
         pass
+
+
+class Nameless(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@check
+def errors_of_any_text_are_told() -> None:
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    for error in (OSError("cannot read 'caf\udce9.jpg'"), Nameless(), ValueError("x" * 5000)):
+        raised: Exception | None = None
+        try:
+            with together():
+                if rank == last:
+                    raise error
+        except Exception as found:
+            raised = found
+        if rank == last:
+            assert raised is error
+        else:
+            assert isinstance(raised, RemoteError)
+            assert type(error).__name__ in str(raised)
+
+
+@check
+def what_one_rank_refuses_beforehand_is_refused_by_all() -> None:
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    is_last, everything, averaging = rank == last, points(), DistributedAveraging()
+    (x, y), rows = everything, vectors(2, 51)
+
+    def expected(kind: type[Exception]) -> type[Exception]:
+        return kind if is_last else RemoteError
+
+    broken = network()
+    if is_last:
+        with torch.no_grad():
+            next(broken.parameters())[0, 0] = float("nan")
+    with raises(expected(NonFiniteError), "NaN"):
+        HessianOperator(broken, LOSS, own(everything), averaging=averaging)
+    with raises(expected(NonFiniteError), "NaN"):
+        KfacOperator(broken, LOSS, own(everything), averaging=averaging)
+    with raises(expected(NonFiniteError), "NaN"):
+        InverseHarmonicMeanOperator(broken, LOSS, own(everything), 0.1, averaging=averaging)
+    with raises(expected(OneShotDataError), "one-shot"):
+        data = iter(own(everything)) if is_last else own(everything)
+        CgInfluence(network(), LOSS, 0.1, averaging=averaging).fit(data)
+
+    model = network()
+    over_ranks = GaussNewtonOperator(model, LOSS, own(everything), averaging=averaging)
+    rhs = rows.clone()
+    rhs[0, 0] = float("nan") if is_last else 0.0
+    with raises(expected(NonFiniteError), "NaN"):
+        CgOperator(over_ranks, 0.1).solve(rhs)
+    if is_last:
+        with torch.no_grad():
+            next(model.parameters())[0, 0] = float("inf")
+    with raises(expected(NonFiniteError), "NaN|infin"):
+        over_ranks.refresh()
+
+    fitted = CgInfluence(network(), LOSS, 0.1, averaging=averaging).fit(own(everything))
+    test = x[:2].clone()
+    test[0, 0] = float("nan") if is_last else 0.0
+    for method in (fitted.influence_factors, fitted.influence_factors_by_block, fitted.influences):
+        with raises(expected(NonFiniteError), "NaN"):
+            method(test, y[:2])
+    path = Path(sys.argv[4]).with_name(f"missing{dist.get_world_size()}-{rank}")
+    direct = DirectInfluence(network(), LOSS, 0.1, averaging=averaging).fit(own(everything))
+    if not is_last:
+        direct.save(path)
+    again = DirectInfluence(network(), LOSS, 0.1, averaging=averaging)
+    with raises(expected(FileNotFoundError), "No such file"):
+        again.load(path, own(everything))
+    calculator = SequentialInfluenceCalculator(fitted)
+    with raises(DistributedError, "compute"):
+        calculator.influences(batches(x[:2], y[:2]), batches(x, y)).compute()
 
 
 @check

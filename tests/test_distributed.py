@@ -131,6 +131,17 @@ def test_averages_over_processes_are_not_nested() -> None:
         DistributedAveraging(DistributedAveraging())
 
 
+class Median(PointAveraging):
+    def reduce(self, values, like=None, same=None):
+        return torch.stack([value for value, _ in values]).median(dim=0).values
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_averaging_with_a_sum_of_its_own_is_not_split() -> None:
+    with pytest.raises(ArgumentTypeError, match="reduce of its own"):
+        DistributedAveraging(Median())
+
+
 @pytest.mark.usefixtures("alone")
 def test_the_shape_must_be_known_beforehand() -> None:
     with pytest.raises(ArgumentError, match="like is needed"):

@@ -92,6 +92,11 @@ class DistributedAveraging(Averaging):
             raise ArgumentTypeError(
                 f"averaging must be an Averaging of batches within a process, got {averaging!r}"
             )
+        if type(averaging).reduce is not Averaging.reduce:
+            raise ArgumentTypeError(
+                f"{type(averaging).__name__} has a reduce of its own, which cannot be split among "
+                "processes: define weight(num_points)"
+            )
         self._averaging = averaging
         self._processes = GroupOfProcesses(group)
 
@@ -267,10 +272,12 @@ class GroupOfProcesses(Processes):
 
     def collected(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of one shape of all processes, in the order of the ranks."""
-        tensor = tensor.contiguous()
-        all_of_them = tensor.new_empty(self.size, *tensor.shape)
-        self._run(lambda parts, **kwargs: dist.all_gather(parts, tensor, **kwargs), [*all_of_them])
-        return [*all_of_them]
+        # As bytes: backends do not know every dtype.
+        sent = tensor.contiguous().reshape(-1).view(torch.uint8)
+        received = tensor.new_empty(self.size, *tensor.shape)
+        parts = [part.reshape(-1).view(torch.uint8) for part in received]
+        self._run(lambda into, **kwargs: dist.all_gather(into, sent, **kwargs), parts)
+        return [*received]
 
     def owners(self, costs: Sequence[float]) -> list[int]:
         """See `Processes.owners`."""
@@ -288,9 +295,9 @@ class GroupOfProcesses(Processes):
 
     def _raise(self, own: Exception | None, failed: Sequence[int]) -> None:
         """Raises the error of this process, or tells of those of others."""
-        text = "" if own is None else f"{type(own).__name__}: {own}"
+        text = "" if own is None else _text_of(own)
         mine = torch.zeros(self.size, MESSAGE_BYTES, dtype=torch.uint8, device=self._device)
-        encoded = text.encode()[:MESSAGE_BYTES]
+        encoded = text.encode(errors="backslashreplace")[:MESSAGE_BYTES]
         mine[self.rank, : len(encoded)] = torch.tensor([*encoded], dtype=torch.uint8)
         self._all_reduce(mine)
         texts = {
@@ -416,6 +423,13 @@ class GroupOfProcesses(Processes):
         )
 
 
+def _text_of(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # an error that cannot say what it is
+        return type(error).__name__
+
+
 def _route(device: torch.device) -> int:
     """What decides how the same numbers are rounded, and with it what a solver does next."""
     return word_of_values(
@@ -426,9 +440,10 @@ def _route(device: torch.device) -> int:
 _REMEDIES: Mapping[str, str] = {
     "right-hand sides": (
         "Random ones are drawn from generators that must be seeded alike: call torch.manual_seed "
-        "with the same number in all processes, or pass generators."
+        "with the same number in all processes, or pass generators. Where they come from a solver, "
+        "so do its arguments: a regularization or a first guess may differ."
     ),
-    "parameters": (
+    "parameters, buffers or loss": (
         "Load the same weights and buffers (running means too) in all processes, or broadcast "
         "those of rank 0."
     ),
@@ -506,14 +521,14 @@ def gather(tensor: Tensor, dim: int = 0, group: dist.ProcessGroup | None = None)
         ShapeError: They differ in another dimension.
         DistributedError: They differ in dtype, or a process is gone.
     """
-    if not tensor.ndim or not -tensor.ndim <= dim < tensor.ndim:
-        raise ShapeError(f"dim is {dim}, but tensor has shape {tuple(tensor.shape)}")
     processes = GroupOfProcesses(group)
-    moved = tensor.detach().movedim(dim, 0)
 
     def kind() -> list[int]:
-        fixed = word_of_values([tuple(moved.shape[1:]), str(tensor.dtype)])
-        return [len(moved), fixed]
+        if not tensor.ndim or not -tensor.ndim <= dim < tensor.ndim:
+            raise ShapeError(f"dim is {dim}, but tensor has shape {tuple(tensor.shape)}")
+        shape = list(tensor.shape)
+        length = shape.pop(dim)
+        return [length, word_of_values([shape, str(tensor.dtype)])]
 
     kinds = processes.gathered(kind, 2)
     if len({fixed for _, fixed in kinds}) > 1:
@@ -522,6 +537,7 @@ def gather(tensor: Tensor, dim: int = 0, group: dist.ProcessGroup | None = None)
             f"{processes.rank}; other ranks have another dtype, or shape beside dimension {dim}"
         )
     lengths = [length for length, _ in kinds]
+    moved = tensor.detach().movedim(dim, 0)
     padded = moved.new_zeros(max(lengths), *moved.shape[1:])
     padded[: len(moved)] = moved
     parts = processes.collected(padded)

@@ -86,7 +86,7 @@ class Objective:
         return dict(self._snapshot.params)
 
     def hash_of_values(self) -> int:
-        """A 64-bit hash of all parameters and buffers of the copy, frozen ones included."""
+        """A 64-bit hash of all parameters, frozen ones too, buffers, and what the loss holds."""
         return self._snapshot.hash_of_values()
 
     @property

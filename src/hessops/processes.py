@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hessops.errors import DistributedError
+
 # What must be the same in all processes, by a name for messages: 64-bit hashes, as numbers or as
 # int64 tensors of no dimension.
 Same = Mapping[str, Callable[[], "int | Tensor"]]
@@ -54,6 +56,15 @@ class Processes(ABC):
     @abstractmethod
     def generator(self, source: torch.Generator) -> torch.Generator:
         """What a process draws from for its own points, independently of all others."""
+
+    def require_equal(self, name: str, word: Callable[[], int]) -> None:
+        """Raises `DistributedError` where a 64-bit hash differs between processes."""
+        halves = self.gathered(lambda: [word() % 2**32, word() >> 32], 2)
+        others = [rank for rank, half in enumerate(halves) if half != halves[0]]
+        if others:
+            raise DistributedError(
+                f"{name} differ between processes: ranks {others} have others than rank 0"
+            )
 
     def require_shard(self, data: object) -> None:  # noqa: B027  # one process has all the data
         """Raises `DataError` where a loader repeats points to make all shards equally long."""

@@ -142,10 +142,14 @@ class ModelSnapshot:
         return moved
 
     def hash_of_values(self) -> int:
-        """A 64-bit hash of all values, computed once; 0 on the meta device, which has none."""
+        """A 64-bit hash of all values, those of the loss too, computed once.
+
+        On the meta device, where there are none, it is that of their names.
+        """
         if self._hash is None:
-            tensors = {**self.params, **self.frozen, **self.buffers}
-            total = word_of_values(list(tensors))
+            loss = _tensors_of_loss(self.loss)
+            tensors = {**self.params, **self.frozen, **_without_counters(self.buffers), **loss}
+            total = word_of_values([*tensors, *_plain_parts(self.loss)])
             for tensor in () if self.space.device.type == "meta" else tensors.values():
                 total = int(mixed(hash_of_entries(tensor) + total))
             self._hash = total
@@ -175,6 +179,30 @@ class ModelSnapshot:
         The forward may write to them.
         """
         return functional_call(self.module, dict(tensors), (x,))
+
+
+def _without_counters(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Buffers without those that count batches and have no part in the output."""
+    return {n: b for n, b in buffers.items() if not n.endswith("num_batches_tracked")}
+
+
+def _tensors_of_loss(loss: Loss) -> dict[str, Tensor]:
+    if not isinstance(loss, nn.Module):
+        return {}
+    named = [*loss.named_parameters(prefix="loss"), *loss.named_buffers(prefix="loss")]
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def _plain_parts(loss: Loss) -> list[object]:
+    """The name of a loss, and the numbers and words that it holds."""
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
+    modules = loss.modules() if isinstance(loss, nn.Module) else [loss]
+    held = [dict(getattr(part, "__dict__", {})) for part in modules]
+    plain = (bool, int, float, str, type(None))
+    return [
+        name,
+        *((k, v) for some in held for k, v in sorted(some.items()) if isinstance(v, plain)),
+    ]
 
 
 def _require_unchanged_parameters(model: nn.Module, space: ParameterSpace) -> None:

@@ -378,7 +378,10 @@ def _require_replayable(data: object, *, may_be_empty: bool) -> None:
             "over the data once for every application; pass a DataLoader or a list of batches"
         )
     if _length(data) == 0 and not may_be_empty:
-        raise DataError("dataloader is empty: it has no batches")
+        raise DataError(
+            "dataloader is empty: it has no batches (a BatchStream of an empty shard needs "
+            "may_be_empty=True)"
+        )
 
 
 def _has_fixed_order(data: object) -> bool:

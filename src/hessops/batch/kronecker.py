@@ -155,6 +155,11 @@ class KroneckerEstimation:
                 block.size <= self.max_dense,
                 module if alone else None,
             )
+        # In an order that does not depend on which was found first: processes add up by place.
+        starts = space.slices
+        self.exact = dict(
+            sorted(self.exact.items(), key=lambda i: starts[i[1].space.names[0]].start)
+        )
 
     @property
     def _watched(self) -> dict[str, nn.Module]:

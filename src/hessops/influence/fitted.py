@@ -139,12 +139,15 @@ class FittedModel:
 
     def gradients_by_block(self, x: object, y: object) -> dict[str, Tensor]:
         """The gradients of n points, block name -> ``(n, P_block)``."""
-        rows = self.provider.rows(self.provider.batch(x, y))
+        with self.joint_inverse.processes.together():
+            rows = self.provider.rows(self.provider.batch(x, y))
         return {name: rows[:, where] for name, where in self.positions.items()}
 
     def factors(self, batch: Batch) -> Tensor:
         """The factors of the points of a batch, ``(n, P)``."""
-        return self.joint_inverse.apply(self.provider.rows(batch))
+        with self.joint_inverse.processes.together():
+            rows = self.provider.rows(batch)
+        return self.joint_inverse.apply(rows)
 
     def scores(self, factors: Tensor, batch: Batch, mode: InfluenceMode) -> Tensor:
         """The influences of the points of a batch, from factors ``(m, P)``."""

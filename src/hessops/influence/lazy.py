@@ -224,9 +224,9 @@ class LazyFactors(FactorSource):
         inverses = self._model.inverses.values()
         if any(inverse.processes.size > 1 for inverse in inverses):
             raise DistributedError(
-                "factors are solved for by all processes together, of which one may have chunks "
-                "that another lacks: compute() them first, and write what influences_from_factors "
-                "gives for them, in each process to a path of its own"
+                "factors are solved for by all processes together, and scores are of the points of "
+                "each: compute() the factors first, and take what influences_from_factors gives "
+                "for them; write that in each process to a path of its own"
             )
 
     def first_size(self) -> int:
@@ -320,7 +320,12 @@ class LazyInfluences:
         return tuple(require_floating(self._train.first().x).shape[1:])
 
     def __iter__(self) -> Iterator[InfluenceChunk]:
-        """One chunk for each pair of a test and a training batch, on the model's device."""
+        """One chunk for each pair of a test and a training batch, on the model's device.
+
+        Raises:
+            DistributedError: Factors are to be solved for by several processes together.
+        """
+        self._factors.require_resumable()
         with self._bar() as bar:
             for rows in self._factors.rows(lambda _: True):
                 assert rows.factors is not None

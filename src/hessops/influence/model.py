@@ -23,6 +23,7 @@ from hessops.errors import (
     StructureError,
     UncoveredParametersWarning,
 )
+from hessops.hashing import word_of_values
 from hessops.influence.arguments import SILENT, changed_settings, recorded_constructor
 from hessops.influence.bilinear import BilinearForm
 from hessops.influence.blocks import BlockStructure, blocks_of
@@ -256,7 +257,10 @@ class InfluenceFunctionModel(ABC):
     ) -> FittedModel:
         """What `fit` finds; `known` are mean eigenvalues that need not be estimated."""
         randomness = digest_of_generator(self.generator)
-        self._follow_model()
+        processes = self.averaging.processes
+        processes.require_equal("settings of the influence model", self._hash_of_settings)
+        with processes.together():
+            self._follow_model()
         operator = self._curvature(dataloader)
         data = TrainingData.under(operator)
         provider = GradientProvider(self._objective_of(operator))
@@ -265,6 +269,17 @@ class InfluenceFunctionModel(ABC):
             for name, block in self._split(operator).items()
         }
         return FittedModel(provider, blocks, data, randomness)
+
+    def _hash_of_settings(self) -> int:
+        """A hash of the regularization, and of what else is numbers and words."""
+        plain = (bool, int, float, str, type(None))
+        settings = {
+            key: value
+            for key, value in self._arguments.items()
+            if isinstance(value, plain) and key not in SILENT
+        }
+        dampings = sorted((name, repr(damping)) for name, damping in self._dampings.items())
+        return word_of_values([type(self).__name__, dampings, *sorted(settings.items())])
 
     def _follow_model(self) -> None:
         """Takes note of another dtype or device of the user's model.
@@ -383,39 +398,45 @@ class InfluenceFunctionModel(ABC):
                 with other data.
             HessopsError: As of `fit`.
         """
-        self._follow_model()
-        content = load_fit(path, self.configuration())
-        if not self.needs_data:
-            if dataloader is not None:
-                content.require_data(self._fingerprint_of(dataloader))
+        together = self.averaging.processes.together
+        with together():
+            self._follow_model()
+            content = load_fit(path, self.configuration())
+            if self.needs_data and dataloader is None:
+                raise ArgumentError(
+                    f"dataloader is needed: {type(self).__name__} solves by products with the "
+                    "curvature of the training data, which the file does not hold"
+                )
+        if self.needs_data and dataloader is not None:
+            # Where the data have no fingerprint, they may be others, of another scale.
+            known = content.mean_eigenvalues if content.data.fingerprint else None
+            fitted = self._fitted_on(dataloader, known)
+            with together():
+                content.require_parameters(fitted.provider.objective)
+                content.require_data(fitted.data.fingerprint)
+            self._fit = fitted
+            return self
+        found = None if dataloader is None else self._fingerprint_of(dataloader)
+        with together():
+            if found is not None:
+                content.require_data(found)
             objective = Objective(
                 self.model, self.loss, self._space.names, reduction=self.reduction
             )
             content.require_parameters(objective)
             self._fit = self._rebuilt(content, GradientProvider(objective))
-            return self
-        if dataloader is None:
-            raise ArgumentError(
-                f"dataloader is needed: {type(self).__name__} solves by products with the "
-                "curvature of the training data, which the file does not hold"
-            )
-        # Where the data have no fingerprint, they may be others, of another scale.
-        known = content.mean_eigenvalues if content.data.fingerprint else None
-        fitted = self._fitted_on(dataloader, known)
-        content.require_parameters(fitted.provider.objective)
-        content.require_data(fitted.data.fingerprint)
-        self._fit = fitted
         return self
 
     def _fingerprint_of(self, dataloader: Iterable[object]) -> str:
         processes = self.averaging.processes
-        stream = BatchStream(
-            dataloader,
-            unpack=self.unpack,
-            cache=False,
-            may_be_empty=processes is not ONE_PROCESS,
-        )
-        processes.require_shard(dataloader)
+        with processes.together():
+            processes.require_shard(dataloader)
+            stream = BatchStream(
+                dataloader,
+                unpack=self.unpack,
+                cache=False,
+                may_be_empty=processes is not ONE_PROCESS,
+            )
         return stream.survey(processes)
 
     def _rebuilt(self, content: SavedFit, provider: GradientProvider) -> FittedModel:
@@ -507,7 +528,9 @@ class InfluenceFunctionModel(ABC):
         Warns:
             ConvergenceWarning: A solve stopped short of its tolerance.
         """
-        return self.factors_of(self.fitted.provider.batch(x, y))
+        with self.inverse.processes.together():
+            batch = self.fitted.provider.batch(x, y)
+        return self.factors_of(batch)
 
     def factors_of(self, batch: Batch) -> Tensor:
         """As `influence_factors`, of a batch that was checked."""
@@ -597,7 +620,8 @@ class InfluenceFunctionModel(ABC):
             HessopsError: As of `influence_factors`.
         """
         provider = self.fitted.provider
-        rows = provider.rows(provider.batch(x, y))
+        with self.inverse.processes.together():
+            rows = provider.rows(provider.batch(x, y))
         return (self.inverse.apply(rows) * rows).sum(dim=1)
 
     def influences_from_factors_by_block(
@@ -616,8 +640,11 @@ class InfluenceFunctionModel(ABC):
             mode: An `InfluenceMode` or its name.
         """
         mode, fitted = checked_mode(mode, InfluenceMode, "mode"), self.fitted
-        batch = fitted.provider.batch(x, y)
-        return fitted.block_scores(fitted.joined(factors), batch, mode)
+        flat, points = fitted.joined(factors), Batch.from_raw((x, y))
+        if points.size == 0:
+            by_input = mode is InfluenceMode.PERTURBATION
+            return dict.fromkeys(fitted.blocks, fitted.provider.no_scores(flat, points, by_input))
+        return fitted.block_scores(flat, fitted.provider.batch(x, y), mode)
 
     def influences_by_block(
         self,
@@ -681,6 +708,12 @@ class InfluenceFunctionModel(ABC):
         return results
 
     def _pair(self, x_test: object, y_test: object, x: object, y: object) -> tuple[Batch, Batch]:
+        with self.inverse.processes.together():
+            return self._checked_pair(x_test, y_test, x, y)
+
+    def _checked_pair(
+        self, x_test: object, y_test: object, x: object, y: object
+    ) -> tuple[Batch, Batch]:
         provider = self.fitted.provider
         if x is None and y is not None:
             raise ArgumentError("y is given without x: pass the training points as x and y")

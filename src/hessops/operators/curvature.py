@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import ClassVar, Self
 
 import torch
@@ -81,13 +82,22 @@ class BatchOperator(TensorDictOperator):
         progress: bool = False,
         unpack: Unpack | None = None,
     ) -> None:
+        with _in_step(averaging):
+            self._join(batch_operation, dataloader, averaging, cache, progress, unpack)
+
+    def _join(
+        self,
+        batch_operation: BatchOperation,
+        dataloader: Iterable[object],
+        averaging: Averaging,
+        cache: str | bool | int,
+        progress: bool,
+        unpack: Unpack | None,
+    ) -> None:
+        """What the constructors do, in step with other processes."""
         if not isinstance(batch_operation, BatchOperation):
             raise ArgumentTypeError(
                 f"batch_operation must be a BatchOperation, got {type(batch_operation).__name__}"
-            )
-        if not isinstance(averaging, Averaging):
-            raise ArgumentTypeError(
-                f"averaging must be an Averaging, got {averaging!r}; use PointAveraging()"
             )
         super().__init__(
             batch_operation.space,
@@ -134,7 +144,9 @@ class BatchOperator(TensorDictOperator):
         return {
             "operators": lambda: word_of_values(kind),
             "samplers": lambda: self.processes.plan_of(self.stream.data),
-            "parameters": lambda: 0 if objective is None else objective.hash_of_values(),
+            "parameters, buffers or loss": lambda: (
+                0 if objective is None else objective.hash_of_values()
+            ),
         }
 
     def _batch_products(self, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -165,7 +177,8 @@ class BatchOperator(TensorDictOperator):
 
         Without it, an operator stays at the parameters that the model had when it was made.
         """
-        self.batch_operation.refresh()
+        with self.processes.together():
+            self.batch_operation.refresh()
         self._is_checked = False
         return self
 
@@ -222,6 +235,15 @@ class BatchOperator(TensorDictOperator):
 
     def _source(self) -> str:
         return type(self.batch_operation).__name__
+
+
+def _in_step(averaging: Averaging) -> AbstractContextManager[None]:
+    """The construction of an operator, which fails in all processes where it does in one."""
+    if not isinstance(averaging, Averaging):
+        raise ArgumentTypeError(
+            f"averaging must be an Averaging, got {averaging!r}; use PointAveraging()"
+        )
+    return averaging.processes.together()
 
 
 def _shared(stream: BatchStream, device: torch.device, averaging: Averaging) -> BatchStream:
@@ -289,12 +311,11 @@ class CurvatureOperator(BatchOperator):
         progress: bool = False,
         unpack: Unpack | None = None,
     ) -> None:
-        operation = self.batch_operation_type(
-            model, loss, restrict_to, reduction=reduction, mode=mode, chunk_size=chunk_size
-        )
-        super().__init__(
-            operation, dataloader, averaging, cache=cache, progress=progress, unpack=unpack
-        )
+        with _in_step(averaging):
+            operation = self.batch_operation_type(
+                model, loss, restrict_to, reduction=reduction, mode=mode, chunk_size=chunk_size
+            )
+            self._join(operation, dataloader, averaging, cache, progress, unpack)
 
     def _source(self) -> str:
         objective = self.objective
@@ -431,12 +452,11 @@ class InverseHarmonicMeanOperator(BatchOperator):
         progress: bool = False,
         unpack: Unpack | None = None,
     ) -> None:
-        operation = InverseHarmonicMeanBatchOperation(
-            model, loss, regularization, restrict_to, reduction=reduction, chunk_size=chunk_size
-        )
-        super().__init__(
-            operation, dataloader, averaging, cache=cache, progress=progress, unpack=unpack
-        )
+        with _in_step(averaging):
+            operation = InverseHarmonicMeanBatchOperation(
+                model, loss, regularization, restrict_to, reduction=reduction, chunk_size=chunk_size
+            )
+            self._join(operation, dataloader, averaging, cache, progress, unpack)
 
     @property
     def regularization(self) -> float:

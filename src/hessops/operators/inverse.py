@@ -134,15 +134,16 @@ class InverseOperator(TensorOperator):
             ShapeError, DtypeError, NonFiniteError: `rhs` or `x0` does not fit.
             DeviceError: The operator is on the meta device, where there are no values.
         """
-        self._require_values()
-        rows = checked_rows(rhs, self.input_size, self.dtype, self.device, "rhs")
-        start = None
-        if x0 is not None:
-            start = checked_rows(x0, self.input_size, self.dtype, self.device, "x0")
-            if x0.shape != rhs.shape:
-                raise ShapeError(
-                    f"x0 has shape {tuple(x0.shape)}, rhs {tuple(rhs.shape)}; they must agree"
-                )
+        with self.processes.together():
+            self._require_values()
+            rows = checked_rows(rhs, self.input_size, self.dtype, self.device, "rhs")
+            start = None
+            if x0 is not None:
+                start = checked_rows(x0, self.input_size, self.dtype, self.device, "x0")
+                if x0.shape != rhs.shape:
+                    raise ShapeError(
+                        f"x0 has shape {tuple(x0.shape)}, rhs {tuple(rhs.shape)}; they must agree"
+                    )
         with isolated(self.device):
             solution = (
                 self._solve_rows(rows, start, history=history)

@@ -22,6 +22,7 @@ from hessops.batch.kronecker import (
 )
 from hessops.errors import ArgumentError, NonFiniteProductError, StructureError
 from hessops.functional.layers import MatrixLayer
+from hessops.hashing import word_of_values
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import (
@@ -179,6 +180,7 @@ class KfacOperator(BlockEigenOperator):
         self._eigh_dtype = eigh_dtype
         self._progress = progress
         require_single_or_double(self.curvature.dtype, "model", type(self).__name__)
+        self._require_same_settings()
         super().__init__(self._estimated(), space=self.curvature.space)
 
     # --- estimation -----------------------------------------------------------------------
@@ -232,22 +234,17 @@ class KfacOperator(BlockEigenOperator):
     def _attempted(self, estimation: KroneckerEstimation) -> tuple[Tensor, list[str]]:
         """The averages by one pass, and the layers that turned out to be none in any process.
 
-        Where there are some, the averages mean nothing. Which they are is told by entries beside
-        them, so that processes that found out and others make the same sum.
+        Where there are some, the averages mean nothing, and are of the shapes there were before:
+        processes that found out and others make the same sum.
         """
         layers, shapes = list(estimation.layers), estimation.factor_shapes
+        flat = self._averaged(self._checked_batches(), shapes, estimation.add_factors)
 
-        def add(total: Tensor, batch: Batch) -> None:
-            try:
-                estimation.add_factors(total[: len(total) - len(layers)], batch)
-            except Demotion:
-                gone = [float(name not in estimation.layers) for name in layers]
-                total[len(total) - len(layers) :] = total.new_tensor(gone)
-                raise
+        def gone() -> list[int]:
+            return [int(name not in estimation.layers) for name in layers]
 
-        flat = self._averaged(self._checked_batches(), [*shapes, (len(layers),)], add)
-        statistics, flags = torch.split(flat, [len(flat) - len(layers), len(layers)])
-        return statistics, [n for n, gone in zip(layers, flags.tolist(), strict=True) if gone]
+        found = zip(*self.curvature.processes.gathered(gone, len(layers)), strict=True)
+        return flat, [name for name, votes in zip(layers, found, strict=False) if any(votes)]
 
     def _averaged(
         self,
@@ -278,6 +275,18 @@ class KfacOperator(BlockEigenOperator):
                 yield total.div_(count), count
 
         return averaging.reduce(sums(), like.expand(size), self.curvature.sameness())
+
+    def _require_same_settings(self) -> None:
+        """Raises `DistributedError` where other processes estimate something else."""
+        settings = [
+            type(self).__name__,
+            self.fisher_type,
+            self.kfac_approx,
+            self._num_samples,
+            self._max_dense,
+            self._eigh_dtype,
+        ]
+        self.curvature.processes.require_equal("settings", lambda: word_of_values(settings))
 
     def _checked_batches(self) -> Iterator[Batch]:
         """One pass over the data; `curvature` checks in its own first pass what it needs more."""
