@@ -12,6 +12,9 @@ import pytest
 import torch
 from example_scripts import EXAMPLES, loaded
 
+# One worker of pytest-xdist has all of them, and the script runs once.
+pytestmark = pytest.mark.xdist_group("dask_influence")
+
 NUM_TRAIN = 300
 
 

@@ -15,6 +15,10 @@ from example_scripts import EXAMPLES, loaded
 from hessops.influence import DirectInfluence
 
 
+# One worker of pytest-xdist has all of them, and the script runs once.
+pytestmark = pytest.mark.xdist_group("distributed_influence")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What is printed, and what is written, by the number of processes."""

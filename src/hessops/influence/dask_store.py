@@ -122,17 +122,20 @@ def write_missing(
     missing = [(row, column) for row, some in store.missing().items() for column in sorted(some)]
     total = store.grid[0] * store.grid[1]
     (array,) = optimized([array])
-    futures = client.compute(_writes(array, store, missing))
-    completed = imported("distributed").as_completed(futures)
+    pending = set(client.compute(_writes(array, store, missing)))
+    completed = imported("distributed").as_completed(list(pending))
     bar = tqdm(desc="chunks", unit="chunk", total=total, disable=not progress)
     with bar:
         bar.update(total - len(missing))
         try:
             for future in completed:
                 future.result()
+                # What is written is done with: a worker that dies later takes nothing of it along.
+                pending.discard(future)
+                future.release()
                 bar.update()
         except BaseException:
-            client.cancel(futures)
+            client.cancel(list(pending))
             raise
 
 
