@@ -14,7 +14,6 @@ from example_scripts import EXAMPLES, loaded
 
 from hessops.influence import DirectInfluence
 
-
 # One worker of pytest-xdist has all of them, and the script runs once.
 pytestmark = pytest.mark.xdist_group("distributed_influence")
 
