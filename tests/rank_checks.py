@@ -419,6 +419,11 @@ def sampled_labels_are_drawn_independently() -> None:
     over_ranks = factored(KfacOperator, DistributedAveraging(), **settings)
     exact = factored(KfacOperator, None).to_dense()
     assert_close(over_ranks.to_dense(), exact, 0.1)
+    source = torch.Generator().manual_seed(5)
+    own_source = DistributedAveraging().processes.generator(source)
+    seeds = gather(torch.tensor([own_source.initial_seed()]))
+    assert len(seeds.unique()) == dist.get_world_size()
+    assert_same_everywhere(source.get_state())
     # With every point in all ranks, equal draws would be no better than those of one rank.
     one_sample = [
         KfacOperator(
