@@ -109,9 +109,13 @@ def bounds(rank: int | None = None) -> slice:
     return slice(start, start + sizes[rank])
 
 
-def own(pair: Pair) -> list[Pair]:
+def own(pair: Pair, rank: int | None = None) -> list[Pair]:
     x, y = pair
-    return batches(x[bounds()], y[bounds()])
+    return batches(x[bounds(rank)], y[bounds(rank)])
+
+
+def of_all_ranks(pair: Pair) -> list[Pair]:
+    return [batch for rank in range(dist.get_world_size()) for batch in own(pair, rank)]
 
 
 def vectors(count: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -221,10 +225,7 @@ def batches_may_weigh_the_same() -> None:
     model, everything = network(), points()
     averaging = DistributedAveraging(ChunkAveraging())
     over_ranks = HessianOperator(model, LOSS, own(everything), averaging=averaging)
-    x, y = everything
-    spans = [bounds(rank) for rank in range(dist.get_world_size())]
-    every = [batch for span in spans for batch in batches(x[span], y[span])]
-    alone = HessianOperator(model, LOSS, every, averaging=ChunkAveraging())
+    alone = HessianOperator(model, LOSS, of_all_ranks(everything), averaging=ChunkAveraging())
     rows = vectors(2, alone.input_size)
     assert_close(over_ranks.apply(rows), alone.apply(rows))
     assert "ChunkAveraging" in repr(over_ranks)
@@ -384,10 +385,7 @@ def kronecker_factors_are_those_of_one_process() -> None:
 def the_mean_over_batches_has_factors_too() -> None:
     averaging = DistributedAveraging(ChunkAveraging())
     over_ranks = factored(EkfacOperator, averaging)
-    x, y = points()
-    spans = [bounds(rank) for rank in range(dist.get_world_size())]
-    every = [batch for span in spans for batch in batches(x[span], y[span])]
-    alone = EkfacOperator(network(), LOSS, every, averaging=ChunkAveraging())
+    alone = EkfacOperator(network(), LOSS, of_all_ranks(points()), averaging=ChunkAveraging())
     assert_close(over_ranks.to_dense(), alone.to_dense())
 
 
@@ -962,17 +960,18 @@ def run_all(names: Sequence[str], path: Path) -> None:
         dist.barrier()
 
 
+def join_group(rank: int, size: int, store: str, timeout: timedelta) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{store}"
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=size, timeout=timeout
+    )
+
+
 def main() -> None:
     rank, size, store, results = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=20),
-    )
+    join_group(rank, size, store, timedelta(seconds=20))
     run_all(sys.argv[5:] or list(CHECKS), Path(results))
     dist.destroy_process_group()
 

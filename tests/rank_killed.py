@@ -13,9 +13,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from rank_checks import LOSS, REGULARIZATION, Breaking, network, points, vectors
+from rank_checks import LOSS, REGULARIZATION, Breaking, join_group, network, points, vectors
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -41,14 +39,7 @@ class Deadly(Breaking):
 
 def main() -> None:
     rank, size, store, results, victim = (int(a) if a.isdigit() else a for a in sys.argv[1:])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(minutes=30),
-    )
+    join_group(rank, size, store, timedelta(minutes=30))
     x, y = points()
     data = Deadly(x, y, 100 if rank == victim else None)
     matrix = GaussNewtonOperator(

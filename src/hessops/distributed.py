@@ -49,7 +49,7 @@ class DistributedAveraging(Averaging):
 
     Every application is one all-reduce, of :math:`\sum_b w_b v_b` together with a few numbers of
     each process: :math:`\sum_b w_b`, whether an error was raised, and hashes of what must be the
-    same everywhere (right-hand sides, parameters and buffers, the kind of operator, threads and
+    same everywhere (right-hand sides, parameters, buffers, loss, the kind of operator, threads and
     versions). So an error in one process is one in all, and processes that went apart are told so
     instead of being averaged.
 
@@ -61,7 +61,8 @@ class DistributedAveraging(Averaging):
         group: A process group; ``None`` is the default one.
 
     Raises:
-        ArgumentTypeError: `averaging` is no `Averaging`, or is a `DistributedAveraging`.
+        ArgumentTypeError: `averaging` is no `Averaging`, is a `DistributedAveraging`, or has a
+            ``reduce`` of its own.
         DistributedError: There is no process group, or this process is not in it.
 
     Example:
@@ -494,6 +495,15 @@ def shard(dataset: Dataset[Any], group: dist.ProcessGroup | None = None) -> Subs
     Raises:
         ArgumentTypeError: `dataset` has no length, or no access by position.
         DistributedError: There is no process group.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from hessops.distributed import shard
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> len(shard(torch.utils.data.TensorDataset(torch.arange(5))))  # 2 and 3 of two ranks
+        5
+        >>> dist.destroy_process_group()
     """
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
         raise ArgumentTypeError(
@@ -517,9 +527,21 @@ def gather(tensor: Tensor, dim: int = 0, group: dist.ProcessGroup | None = None)
         dim: The dimension along which they are joined.
         group: ``None`` is the default process group.
 
+    Returns:
+        A new tensor of their dtype, without a graph. Along `dim` it is as long as all together.
+
     Raises:
-        ShapeError: They differ in another dimension.
-        DistributedError: They differ in dtype, or a process is gone.
+        ShapeError: They differ in dtype or in another dimension, or have no dimension `dim`.
+        DistributedError: A process is gone, or there is no process group.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from hessops.distributed import gather
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> gather(torch.zeros(2, 3), dim=1).shape  # (2, 3·R) of R ranks with as many each
+        torch.Size([2, 3])
+        >>> dist.destroy_process_group()
     """
     processes = GroupOfProcesses(group)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
 
@@ -71,6 +71,12 @@ def _weights(count: int, device: torch.device) -> Tensor:
     # What is kept must not belong to what the first caller is in the middle of.
     with torch.inference_mode(False), outside_transforms():
         return mixed(torch.arange(count, device=device)) | 1
+
+
+def plain_items(held: Mapping[str, object]) -> list[tuple[str, object]]:
+    """What of a mapping is numbers, words and nothing else, sorted by key."""
+    plain = (bool, int, float, str, type(None))
+    return sorted((key, value) for key, value in held.items() if isinstance(value, plain))
 
 
 def word_of_values(values: Sequence[object]) -> int:

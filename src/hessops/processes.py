@@ -38,7 +38,7 @@ class Processes(ABC):
         """What each process computes, in the order of the ranks.
 
         Args:
-            words: Computes `count` integers of less than 64 bits.
+            words: Computes `count` signed integers of 64 bits.
             count: How many.
 
         Raises:
@@ -59,8 +59,8 @@ class Processes(ABC):
 
     def require_equal(self, name: str, word: Callable[[], int]) -> None:
         """Raises `DistributedError` where a 64-bit hash differs between processes."""
-        halves = self.gathered(lambda: [word() % 2**32, word() >> 32], 2)
-        others = [rank for rank, half in enumerate(halves) if half != halves[0]]
+        words = self.gathered(lambda: [word()], 1)
+        others = [rank for rank, other in enumerate(words) if other != words[0]]
         if others:
             raise DistributedError(
                 f"{name} differ between processes: ranks {others} have others than rank 0"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hessops.errors import DtypeError, LossError, ModelError
-from hessops.hashing import hash_of_entries, mixed, word_of_values
+from hessops.hashing import hash_of_entries, mixed, plain_items, word_of_values
 from hessops.isolation import isolated, twice_differentiable_kernels
 from hessops.point_loss import Loss
 from hessops.space import ParameterSpace, RestrictTo, require_finite
@@ -197,12 +197,7 @@ def _plain_parts(loss: Loss) -> list[object]:
     """The name of a loss, and the numbers and words that it holds."""
     name = getattr(loss, "__qualname__", type(loss).__qualname__)
     modules = loss.modules() if isinstance(loss, nn.Module) else [loss]
-    held = [dict(getattr(part, "__dict__", {})) for part in modules]
-    plain = (bool, int, float, str, type(None))
-    return [
-        name,
-        *((k, v) for some in held for k, v in sorted(some.items()) if isinstance(v, plain)),
-    ]
+    return [name, *(plain_items(getattr(part, "__dict__", {})) for part in modules)]
 
 
 def _require_unchanged_parameters(model: nn.Module, space: ParameterSpace) -> None:

@@ -237,17 +237,17 @@ class BatchStream:
             HessopsError: As of a pass.
         """
 
-        def own() -> list[int]:
+        def own() -> tuple[int, int]:
             if self._first_pass is None:
                 for _ in self:
                     pass
             assert self._first_pass is not None
             return self._first_pass.words()
 
-        counts, low, high = map(sum, zip(*processes.gathered(own, 3), strict=True))
-        if counts == 0:
+        num_points, value = map(sum, zip(*processes.gathered(own, 2), strict=True))
+        if num_points == 0:
             raise DataError(f"dataloader is empty in all {processes.size} processes")
-        return _printed(counts, low + (high << 32))
+        return _printed(num_points, value)
 
     @property
     def is_cached(self) -> bool:
@@ -308,7 +308,7 @@ class BatchStream:
         fingerprint = _Fingerprint(by_batch=self.same_batches)
         kept: list[Batch] | None = [] if keep and self._budget > 0 else None
         kept_bytes = 0
-        length = _length(self.data)
+        length = known_length(self.data)
         raw_batches = self._random_state.iterate(self.data)
         for position, raw in enumerate(self._with_progress(raw_batches, length)):
             original = Batch.from_raw(raw, self.unpack, position)
@@ -323,9 +323,8 @@ class BatchStream:
                 else:
                     kept.append(_owned(batch, original))
             yield batch
-        is_known_empty = self._first_pass is not None and self._first_pass.num_points == 0
-        may_be_empty = self.may_be_empty and (self._first_pass is None or is_known_empty)
-        if fingerprint.num_points == 0 and not may_be_empty:
+        had_points = self._first_pass is not None and self._first_pass.num_points > 0
+        if fingerprint.num_points == 0 and (had_points or not self.may_be_empty):
             raise self._emptiness()
         if self._first_pass is None:
             self._first_pass = fingerprint
@@ -377,7 +376,7 @@ def _require_replayable(data: object, *, may_be_empty: bool) -> None:
             f"dataloader is a one-shot iterator ({type(data).__name__}), but an operator passes "
             "over the data once for every application; pass a DataLoader or a list of batches"
         )
-    if _length(data) == 0 and not may_be_empty:
+    if known_length(data) == 0 and not may_be_empty:
         raise DataError(
             "dataloader is empty: it has no batches (a BatchStream of an empty shard needs "
             "may_be_empty=True)"
@@ -392,7 +391,7 @@ def _has_fixed_order(data: object) -> bool:
     return isinstance(data, (list, tuple))
 
 
-def _length(data: object) -> int | None:
+def known_length(data: object) -> int | None:
     """`len`, where it works: a DataLoader over an iterable dataset declares it and then refuses."""
     try:
         return len(data) if isinstance(data, Sized) else None
@@ -505,7 +504,7 @@ class _Fingerprint:
                 f"a pass over dataloader gave {other.num_points} points, the first one "
                 f"{self.num_points}: the data must be the same in every pass"
             )
-        if self._value() != other._value():
+        if self.words() != other.words():
             raise DataChangedError(
                 "dataloader gave other data than in the first pass (random augmentation, a sampler "
                 "with replacement, drop_last with shuffle, padding that depends on the batch"
@@ -517,14 +516,11 @@ class _Fingerprint:
 
     def digest(self) -> str:
         """The number of points and their hash."""
-        return _printed(self.num_points, self._value())
+        return _printed(*self.words())
 
-    def words(self) -> list[int]:
-        """The number of points, and the lower and upper half of their hash."""
-        return [self.num_points, self._value() % 2**32, self._value() >> 32]
-
-    def _value(self) -> int:
-        return int(self._sum) % 2**64
+    def words(self) -> tuple[int, int]:
+        """The number of points and their hash, a signed number of 64 bits."""
+        return self.num_points, int(self._sum)
 
 
 def _printed(num_points: int, value: int) -> str:

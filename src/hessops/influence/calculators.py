@@ -6,10 +6,10 @@ import copy
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from hessops.errors import ArgumentTypeError, DtypeError, ShapeError
+from hessops.errors import ArgumentTypeError, ShapeError
+from hessops.influence.converter import tensor_of_array
 from hessops.influence.gradients import checked_factors
 from hessops.influence.lazy import FactorSource, GivenFactors, LazyFactors, LazyInfluences
 from hessops.influence.memory import MemoryEstimate, estimated_memory
@@ -183,11 +183,7 @@ class SequentialInfluenceCalculator:
 def _tensor_of(rows: object) -> Tensor:
     if isinstance(rows, np.ma.MaskedArray):
         raise ArgumentTypeError("factors must have no mask: fill it")
-    array = np.ascontiguousarray(rows)
-    try:
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
-    except TypeError as error:
-        raise DtypeError(f"factors has the dtype {array.dtype}, which torch lacks") from error
+    return tensor_of_array(np.asarray(rows), "factors")
 
 
 def _as_it_is(rows: object) -> Tensor:

@@ -19,6 +19,25 @@ else:
     NumpyArray = np.ndarray
 
 
+def tensor_of_array(array: NumpyArray, name: str) -> Tensor:
+    """The values of an array, in its memory where that can be written to and lies in a row.
+
+    Raises:
+        DtypeError: torch has no such dtype.
+    """
+    native = np.asarray(array, dtype=array.dtype.newbyteorder("="))
+    if not (native.flags.writeable and native.flags.c_contiguous):
+        # torch warns of memory that it may not write to, and refuses strides that go back.
+        native = native.copy(order="C")
+    try:
+        return torch.from_numpy(native)
+    except TypeError as error:
+        raise DtypeError(
+            f"{name} has the dtype {array.dtype}, which torch lacks: convert it with "
+            f"{name}.astype(...)"
+        ) from error
+
+
 @runtime_checkable
 class ArrayConverter(Protocol):
     """What `DaskInfluenceCalculator` needs to know of arrays; `TorchNumpyConverter` is one."""
@@ -66,17 +85,7 @@ class TorchNumpyConverter:
         """
         if not isinstance(array, (np.ndarray, np.generic)):
             raise ArgumentTypeError(f"array must be a numpy array, got {type(array).__name__}")
-        native = np.asarray(array, dtype=array.dtype.newbyteorder("="))
-        if not (native.flags.writeable and native.flags.c_contiguous):
-            # torch warns of memory that it may not write to, and refuses strides that go back.
-            native = native.copy(order="C")
-        try:
-            tensor = torch.from_numpy(native)
-        except TypeError as error:
-            raise DtypeError(
-                f"array has the dtype {array.dtype}, which torch lacks: convert it with "
-                "array.astype(...)"
-            ) from error
+        tensor = tensor_of_array(array, "array")
         return tensor if self.device is None else tensor.to(self.device)
 
     def to_numpy(self, tensor: Tensor) -> NumpyArray:

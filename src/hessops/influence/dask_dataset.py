@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from hessops.errors import ArgumentError, ArgumentTypeError, DataError, DtypeErr
 from hessops.influence.converter import NumpyArray, TorchNumpyConverter
 from hessops.influence.dask_graphs import DaskArray, Key, graph_of, imported, lazy_array
 from hessops.influence.dask_points import KINDS_OF_NUMBERS
+from hessops.streaming import known_length
 from hessops.validation import checked_count
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _number_of_points(dataset: object, total_size: int | None) -> int:
             f"dataset must have items by their position, dataset[i], got {type(dataset).__name__}: "
             "collect the points of an iterable one in a TensorDataset"
         )
-    length = _length(dataset)
+    length = known_length(dataset)
     if total_size is None:
         if length is None:
             raise ArgumentError(
@@ -130,14 +130,6 @@ def _number_of_points(dataset: object, total_size: int | None) -> int:
     if total == 0:
         raise DataError("dataset is empty")
     return total
-
-
-def _length(dataset: object) -> int | None:
-    """`len`, where there is one; some datasets declare it and refuse."""
-    try:
-        return len(dataset) if isinstance(dataset, Sized) else None
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _chunk_sizes(total: int, chunk_size: int) -> tuple[int, ...]:

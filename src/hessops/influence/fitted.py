@@ -53,14 +53,14 @@ class TrainingData:
             part.check_data()
         if not streams:
             return cls()
-        prints = [p.stream.survey(p.averaging.processes) for p in streams.values()]
+        prints = [p.stream.survey(p.processes) for p in streams.values()]
         num_points = int(prints[0].partition(":")[0])
         return cls(num_points, " ".join(prints), digest_of_description(digests))
 
 
 def _digests_of_batches(part: BatchOperator) -> list[Description]:
     """A hash of each batch; where several processes hold them, one for all of each process."""
-    processes, own = part.averaging.processes, list[Description]()
+    processes, own = part.processes, list[Description]()
 
     def words() -> list[int]:
         with isolated(part.device):

@@ -23,7 +23,7 @@ from hessops.errors import (
     StructureError,
     UncoveredParametersWarning,
 )
-from hessops.hashing import word_of_values
+from hessops.hashing import plain_items, word_of_values
 from hessops.influence.arguments import SILENT, changed_settings, recorded_constructor
 from hessops.influence.bilinear import BilinearForm
 from hessops.influence.blocks import BlockStructure, blocks_of
@@ -272,14 +272,9 @@ class InfluenceFunctionModel(ABC):
 
     def _hash_of_settings(self) -> int:
         """A hash of the regularization, and of what else is numbers and words."""
-        plain = (bool, int, float, str, type(None))
-        settings = {
-            key: value
-            for key, value in self._arguments.items()
-            if isinstance(value, plain) and key not in SILENT
-        }
+        settings = plain_items(_without_silent_keys(self._arguments))
         dampings = sorted((name, repr(damping)) for name, damping in self._dampings.items())
-        return word_of_values([type(self).__name__, dampings, *sorted(settings.items())])
+        return word_of_values([type(self).__name__, dampings, settings])
 
     def _follow_model(self) -> None:
         """Takes note of another dtype or device of the user's model.
@@ -766,9 +761,11 @@ class InfluenceFunctionModel(ABC):
 
 def _without_silent(value: object) -> object:
     """A setting, or a mapping of settings without those that decide nothing."""
-    if isinstance(value, Mapping):
-        return {key: item for key, item in value.items() if key not in SILENT}
-    return value
+    return _without_silent_keys(value) if isinstance(value, Mapping) else value
+
+
+def _without_silent_keys(settings: Mapping[str, object]) -> dict[str, object]:
+    return {key: item for key, item in settings.items() if key not in SILENT}
 
 
 def _checked_inverse(inverse: object, operator: TensorOperator) -> TensorOperator:

@@ -134,15 +134,16 @@ class BatchOperator(TensorDictOperator):
     def sameness(self) -> Same:
         """What must be equal in all processes that average over their data together."""
         operation, objective = self.batch_operation, self.objective
-        kind = [
-            type(operation).__name__,
-            str(self.dtype),
-            self.averaging.within_process,
-            getattr(operation, "regularization", None),
-            None if objective is None else (objective.reduction, objective.space.names),
-        ]
+
+        def kind() -> int:
+            of_model = None if objective is None else (objective.reduction, objective.space.names)
+            regularization = getattr(operation, "regularization", None)
+            averaging = self.averaging.within_process
+            name, dtype = type(operation).__name__, str(self.dtype)
+            return word_of_values([name, dtype, averaging, regularization, of_model])
+
         return {
-            "operators": lambda: word_of_values(kind),
+            "operators": kind,
             "samplers": lambda: self.processes.plan_of(self.stream.data),
             "parameters, buffers or loss": lambda: (
                 0 if objective is None else objective.hash_of_values()

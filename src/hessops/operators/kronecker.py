@@ -244,7 +244,7 @@ class KfacOperator(BlockEigenOperator):
             return [int(name not in estimation.layers) for name in layers]
 
         found = zip(*self.curvature.processes.gathered(gone, len(layers)), strict=True)
-        return flat, [name for name, votes in zip(layers, found, strict=False) if any(votes)]
+        return flat, [name for name, votes in zip(layers, found, strict=True) if any(votes)]
 
     def _averaged(
         self,
