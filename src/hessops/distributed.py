@@ -57,7 +57,7 @@ class DistributedAveraging(Averaging):
     data.
 
     Args:
-        averaging: The weights of batches.
+        averaging: The weights of batches; ``None`` is ``PointAveraging()``.
         group: A process group; ``None`` is the default one.
 
     Raises:
