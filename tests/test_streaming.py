@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator
 
@@ -343,6 +345,11 @@ def test_unpack_that_gives_no_pair_is_refused() -> None:
 # --- the cache -----------------------------------------------------------------------------------
 
 BYTES = N * (3 + 1) * 4
+COPIES: dict[str, Callable[[BatchStream], BatchStream]] = {
+    "pickled": lambda stream: pickle.loads(pickle.dumps(stream)),
+    "deep": copy.deepcopy,
+    "shallow": copy.copy,
+}
 CACHE_MODES: dict[str, tuple[str | bool | int, bool]] = {
     "auto": ("auto", True),
     "always": (True, True),
@@ -412,6 +419,35 @@ def test_kept_batches_do_not_share_a_buffer_that_the_loader_fills_anew() -> None
     stream = BatchStream(Reader(), cache=True)
     make_passes(stream, 2)
     assert numbers(stream) == IN_ORDER
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_carries_no_batches_and_keeps_its_own(copied: str) -> None:
+    stream = BatchStream(DataLoader(points(), batch_size=4), cache=True)
+    make_passes(stream, 2)
+    copy_of = COPIES[copied](stream)
+    assert (copy_of.is_cached, stream.is_cached) == (False, True)
+    assert (copy_of.num_points, copy_of.fingerprint) == (N, stream.fingerprint)
+    assert numbers(copy_of) == IN_ORDER
+    assert copy_of.is_cached
+
+
+def test_a_pickled_stream_is_as_large_as_its_data() -> None:
+    stream = BatchStream([(torch.ones(100, 100), None)], cache=True)
+    before = len(pickle.dumps(stream))
+    make_passes(stream, 2)
+    assert len(pickle.dumps(stream)) < before + 2000
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_of_which_the_data_have_changed_is_refused(copied: str, passes: int) -> None:
+    stream = BatchStream(pairs(4, 6), cache=True)
+    make_passes(stream, passes)
+    copy_of = COPIES[copied](stream)
+    copy_of.data[0][0][0, 0] += 1  # type: ignore[index]  # a list of pairs
+    with pytest.raises(DataChangedError):
+        list(copy_of)
 
 
 # --- data that change ----------------------------------------------------------------------------

@@ -26,10 +26,11 @@ from hessops.errors import (
     DataError,
     OneShotDataError,
 )
-from hessops.hashing import mixed, word_of_values, words_of
+from hessops.hashing import SumOfPoints, mixed, word_of_values
 from hessops.isolation import HostRandomState
 from hessops.nested import map_tensors, named_tensor_leaves, plain_leaves, tensor_leaves
 from hessops.processes import ONE_PROCESS, Processes
+from hessops.slicing import draws_from_torch_only, sliced
 
 _Item = TypeVar("_Item")
 Unpack = Callable[[object], tuple[object, object]]
@@ -285,6 +286,10 @@ class BatchStream:
         """Whether every pass is known to give the same batches in the same order."""
         return _has_fixed_order(self.data)
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy loads its batches again, and compares them with those of the first pass."""
+        return {**vars(self), "_kept": None}
+
     def to(self, device: torch.device | str) -> BatchStream:
         """The same stream on another device; kept batches move along."""
         moved = BatchStream(
@@ -323,6 +328,7 @@ class BatchStream:
                 else:
                     kept.append(_owned(batch, original))
             yield batch
+        fingerprint.close()
         had_points = self._first_pass is not None and self._first_pass.num_points > 0
         if fingerprint.num_points == 0 and (had_points or not self.may_be_empty):
             raise self._emptiness()
@@ -443,10 +449,13 @@ class _PrivateRandomState:
         return cls(_state_seeded(seed))
 
     def iterate(self, data: Iterable[object]) -> Iterator[object]:
-        with self._swapped_in():
+        data = sliced(data)
+        # Saving and restoring the states of all generators takes longer than reading a batch.
+        inside = self._torch_swapped_in if draws_from_torch_only(data) else self._swapped_in
+        with inside():
             iterator = iter(data)
         while True:
-            with self._swapped_in():
+            with inside():
                 try:
                     raw = next(iterator)
                 except StopIteration:
@@ -462,6 +471,16 @@ class _PrivateRandomState:
         finally:
             self.state = HostRandomState.now()
             outside.restore()
+
+    @contextmanager
+    def _torch_swapped_in(self) -> Iterator[None]:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.state.of_torch)
+        try:
+            yield
+        finally:
+            self.state = replace(self.state, of_torch=torch.get_rng_state())
+            torch.set_rng_state(outside)
 
 
 def _state_seeded(seed: int) -> HostRandomState:
@@ -483,20 +502,28 @@ class _Fingerprint:
         self.num_points = 0
         # One number, on the device of the batches: reading it off would wait for them.
         self._sum = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._points = SumOfPoints()
 
     def add(self, batch: Batch) -> None:
         self.num_points += batch.size
         leaves = list(tensor_leaves((batch.x, batch.y)))
         if any(t.is_meta for t in leaves):
             return
-        hashes = torch.zeros((), dtype=torch.int64, device="cpu")
-        for salt, leaf in enumerate(leaves):
-            words = words_of(leaf)
-            weights = mixed(torch.arange(words.shape[1], device=leaf.device)) | 1
-            hashes = hashes.to(leaf.device) + mixed((words * weights).sum(dim=1) + salt + 1)
-        hashes = hashes + word_of_values(list(plain_leaves((batch.x, batch.y))))
-        of_batch = mixed(hashes.expand(batch.size)).sum()
-        self._sum = self._sum.to(of_batch.device) + (mixed(of_batch) if self.by_batch else of_batch)
+        values = list(plain_leaves((batch.x, batch.y)))
+        if values:
+            leaves.append(torch.full((), word_of_values(values), device=leaves[0].device))
+        self._points.add(leaves, batch.size)
+        if self.by_batch:
+            self._include(mixed(self._points.taken()))
+
+    def close(self) -> None:
+        """Ends a pass: nothing of its points is held any longer but their sum."""
+        if not self.by_batch:
+            self._include(self._points.taken())
+        self._points = SumOfPoints()
+
+    def _include(self, value: Tensor) -> None:
+        self._sum = self._sum.to(value.device) + value
 
     def require_equal(self, other: _Fingerprint) -> None:
         if self.num_points != other.num_points:
@@ -519,7 +546,7 @@ class _Fingerprint:
         return _printed(*self.words())
 
     def words(self) -> tuple[int, int]:
-        """The number of points and their hash, a signed number of 64 bits."""
+        """The number of points and their hash, a signed number of 64 bits, of a closed pass."""
         return self.num_points, int(self._sum)
 
 
