@@ -1,7 +1,8 @@
 """Development sessions: ``nox -l`` lists them, ``nox`` runs tests, lint and types.
 
-All sessions share one environment, ``.nox/shared``. It is made from the pins in
-``constraints.txt`` and made anew when what it was made from has changed.
+All sessions but one share an environment, ``.nox/shared``; the benchmarks have one of their own,
+because of what other libraries pin. An environment is made from the pins in ``constraints.txt`` and
+made anew when what it was made from has changed.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import nox
 ROOT = Path(__file__).parent.resolve()
 CONSTRAINTS = ROOT / "constraints.txt"
 SHARED = ROOT / ".nox" / "shared"
+BENCH = ROOT / ".nox" / "bench"
 CLEAN = ROOT / ".nox" / "clean"
 DIST = ROOT / "dist"
+FAMILIES = ("products", "solves", "low_rank", "kronecker", "scores", "memory")
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"
@@ -41,31 +44,49 @@ def _pip_install(session: nox.Session, python: str, *arguments: str) -> None:
     session.run(*pip_install, "-c", str(CONSTRAINTS), *arguments, external=True)
 
 
-def _fingerprint(pyproject: dict[str, object]) -> str:
-    """Hash what the shared environment depends on, and nothing that only configures tools."""
-    tables = {key: pyproject[key] for key in ("build-system", "project", "dependency-groups")}
+def _fingerprint(pyproject: dict[str, object], requirements: list[str]) -> str:
+    """Hash what an environment depends on, and nothing that only configures tools."""
+    tables = {key: pyproject[key] for key in ("build-system", "project")}
     # An editable installation and the scripts of an environment know where they are.
-    made_from = [json.dumps(tables, sort_keys=True), CONSTRAINTS.read_text("utf-8")]
-    made_from += [sys.version, str(ROOT)]
+    made_from = [json.dumps([tables, requirements], sort_keys=True)]
+    made_from += [CONSTRAINTS.read_text("utf-8"), sys.version, str(ROOT)]
     return hashlib.sha256("\0".join(made_from).encode()).hexdigest()
 
 
-def _shared_python(session: nox.Session) -> str:
-    """Return the interpreter of the shared environment, made first where it is out of date."""
-    pyproject = nox.project.load_toml(ROOT / "pyproject.toml")
-    fingerprint = _fingerprint(pyproject)
-    stamp = SHARED / "made-from.sha256"
-    if stamp.exists() and stamp.read_text("utf-8") == fingerprint:
-        return _python_of(SHARED)
+def _python_with(
+    session: nox.Session, environment: Path, group: str, *alone: str, extras: str = ""
+) -> str:
+    """Return the interpreter of an environment, made first where it is out of date.
 
-    session.log("making the shared environment; later sessions reuse it")
-    python = _make_environment(session, SHARED)
+    Args:
+        session: The session that needs it.
+        environment: Where it is.
+        group: The dependency group that it has.
+        alone: Groups that are installed without what they depend on.
+        extras: Of the package, which is installed from its sources.
+    """
+    pyproject = nox.project.load_toml(ROOT / "pyproject.toml")
     # The pip of a fresh environment may be too old for --group, so nox resolves the groups.
-    # The build backend is among them: without build isolation its version is pinned too.
-    _pip_install(session, python, *nox.project.dependency_groups(pyproject, "dev"))
-    _pip_install(session, python, "--no-build-isolation", "--editable", f"{ROOT}[plot]")
+    requirements = list(nox.project.dependency_groups(pyproject, group))
+    without_theirs = [r for name in alone for r in nox.project.dependency_groups(pyproject, name)]
+    fingerprint = _fingerprint(pyproject, [*requirements, *without_theirs])
+    stamp = environment / "made-from.sha256"
+    if stamp.exists() and stamp.read_text("utf-8") == fingerprint:
+        return _python_of(environment)
+
+    session.log(f"making the environment {environment.name}; later sessions reuse it")
+    python = _make_environment(session, environment)
+    # The build backend is in the group: without build isolation its version is pinned too.
+    _pip_install(session, python, *requirements)
+    if without_theirs:
+        _pip_install(session, python, "--no-deps", *without_theirs)
+    _pip_install(session, python, "--no-build-isolation", "--editable", f"{ROOT}{extras}")
     stamp.write_text(fingerprint, "utf-8")  # last: an interrupted installation leaves none
     return python
+
+
+def _shared_python(session: nox.Session) -> str:
+    return _python_with(session, SHARED, "dev", extras="[plot]")
 
 
 def _run_script(session: nox.Session, script: Path, *arguments: str) -> None:
@@ -116,12 +137,13 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run every benchmark."""
-    scripts = sorted((ROOT / "benchmarks").glob("[!_]*.py"))
-    if not scripts:
-        session.error("there is no benchmarks/*.py")
-    for script in scripts:
-        _run_script(session, script, *session.posargs)
+    """Measure beside other libraries; families and options after --, e.g. products --quick."""
+    families = [name for name in session.posargs if name in FAMILIES] or FAMILIES
+    options = [option for option in session.posargs if option not in FAMILIES]
+    python = _python_with(session, BENCH, "benchmarks", "peers")
+    for family in families:
+        script = ROOT / "benchmarks" / f"{family}.py"
+        session.run(python, str(script), *options, external=True)
 
 
 @nox.session

@@ -20,8 +20,9 @@ KFAC and EKFAC stand beside the EKFAC of kronfluence at the same absolute dampin
 of the points on both sides (empirical); with one label a point drawn from the model on both sides
 (Monte Carlo, kronfluence's default; the mean score of several draws); and with the exact type-2
 Fisher matrix, the default of `hessops`, which is the generalized Gauss-Newton matrix of the other
-rows. kronfluence is optional: where it is not installed, its rows say so. `benchmarks/kronecker.py`
-says how to install it without the torchvision that it demands but never imports.
+rows. kronfluence is optional: where it is not installed, its rows say so.
+`benchmarks/kronecker_stages.py` says how to install it without the torchvision that it demands but
+never imports.
 
     python benchmarks/attribution_quality.py [--quick] [--points 500] [--subsets 100] [--seeds 4]
         [--models 3] [--tests 50] [--decay 0.003] [--steps 800]
