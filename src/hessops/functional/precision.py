@@ -13,18 +13,39 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return _WIDER.get(dtype, dtype)
 
 
-def scaled_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+def largest_entries(rows: Tensor) -> Tensor:
+    """The largest absolute value of each row, ``(k, 1)``; NaN where a row holds one.
+
+    From the largest and the smallest entry, which takes no copy of the rows. It is finite exactly
+    where all entries are.
+    """
+    return rows.amax(dim=1, keepdim=True).maximum(-rows.amin(dim=1, keepdim=True))
+
+
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which rows hold neither NaN nor infinity, ``(k,)``."""
+    return largest_entries(rows).isfinite().squeeze(1)
+
+
+def scaled_rows(rows: Tensor, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows divided by their largest entry, and those entries ``(k, 1)``; zero rows stay zero.
 
     The norm of a row is that of the scaled one times the entry, with no square out of range.
+
+    Args:
+        rows: The rows, ``(k, n)``.
+        out: Where the scaled ones are written; ``None`` makes a new tensor.
     """
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    return rows / torch.where(largest > 0, largest, 1.0), largest
+    largest = largest_entries(rows)
+    return torch.div(rows, torch.where(largest > 0, largest, 1.0), out=out), largest
 
 
-def safe_norms(rows: Tensor) -> Tensor:
-    """Norms of rows whose squares may overflow or underflow, ``(k,)``."""
-    scaled, largest = scaled_rows(rows)
+def safe_norms(rows: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Norms of rows whose squares may overflow or underflow, ``(k,)``.
+
+    `out` is overwritten with the scaled rows; ``None`` makes a new tensor for them.
+    """
+    scaled, largest = scaled_rows(rows, out=out)
     norms: Tensor = scaled.norm(dim=1) * largest.squeeze(1)
     return norms
 
@@ -35,7 +56,7 @@ def powers_of_two(rows: Tensor) -> Tensor:
     Dividing by it is exact and keeps the squares in norms from underflowing: in float32 the square
     of a gradient of size 1e-25 is zero.
     """
-    largest = rows.abs().amax(dim=1, keepdim=True)
+    largest = largest_entries(rows)
     _, exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))
     powers = torch.ldexp(torch.ones_like(largest), exponent - 1)
     return powers.clamp(min=torch.finfo(rows.dtype).tiny)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessops.functional.precision import powers_of_two
+from hessops.errors import ArgumentError
+from hessops.functional.precision import finite_rows, largest_entries, powers_of_two
 from hessops.operators.solution import Solution, SolveStatus
 
 # The residual of a recurrence drifts from the true one. A candidate is verified when it is a
@@ -51,11 +52,19 @@ class CountedMap:
         self.count = 0
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """The map of rows ``(k, n)``."""
+        """The map of rows ``(k, n)``, which may be the rows themselves.
+
+        Raises:
+            ArgumentError: It writes to its argument, which belongs to the solver.
+        """
         if self.product is None:
             return rows
         self.count += 1
-        return self.product(rows)
+        version = rows._version
+        mapped = self.product(rows)
+        if rows._version != version:
+            raise ArgumentError("the preconditioner writes to its argument; return a new tensor")
+        return mapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +107,7 @@ class Problem:
         if start is not None:
             start = start / scales
             # A guess beyond the range of the dtype in this scale is no use.
-            start = torch.where(start.isfinite().all(dim=1, keepdim=True), start, 0.0)
+            start = torch.where(finite_rows(start).unsqueeze(1), start, 0.0)
         return cls(
             rhs=scaled,
             scales=scales,
@@ -139,10 +148,16 @@ class Outcomes:
         self.status = torch.where(rows & self.undecided, CODE[status], self.status)
 
     def measured(self, iterate: Tensor, norms: Tensor, rows: Tensor) -> Tensor:
-        """Takes true residual norms of some rows; returns their best norms before."""
+        """Takes true residual norms of some rows; returns their best norms before.
+
+        Args:
+            iterate: The iterates ``(k, n)``; the better ones are copied.
+            norms: Norms of their true residuals, ``(k,)``.
+            rows: Which of them were measured, ``(k,)``.
+        """
         before = self.best_norms
         better = rows & norms.isfinite() & (norms < before)
-        self.best = torch.where(better.unsqueeze(1), iterate, self.best)
+        torch.where(better.unsqueeze(1), iterate, self.best, out=self.best)
         self.best_norms = torch.where(better, norms, before)
         # Negative curvature is a property of the operator: a lucky residual does not undo it.
         undoable = self.status != CODE[SolveStatus.INDEFINITE]
@@ -180,13 +195,13 @@ class Outcomes:
         # that of zero before they fall; what failed otherwise is not better than zero.
         truncated = self.status == CODE[SolveStatus.MAX_ITERATIONS]
         useless = ~(self.best_norms <= self.rhs_norms) & ~(truncated & self.best_norms.isfinite())
-        best = torch.where(useless.unsqueeze(1), 0.0, self.best)
+        best = self.best.masked_fill_(useless.unsqueeze(1), 0.0)
         norms = torch.where(useless, self.rhs_norms, self.best_norms)
         value = best * scales
         # Powers of two scale exactly, unless the result overflows or becomes subnormal.
-        overflown = ~value.isfinite().all(dim=1)
-        value = torch.where(overflown.unsqueeze(1), 0.0, value)
-        inexact = (value / scales != best).any(dim=1)
+        overflown = ~finite_rows(value)
+        value.masked_fill_(overflown.unsqueeze(1), 0.0)
+        inexact = largest_entries((value / scales).sub_(best)).squeeze(1) != 0
         if bool(inexact.any()):
             measured = (self.problem.rhs - product(value / scales)).norm(dim=1)
             norms = torch.where(inexact, measured, norms)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from hessops.errors import StructureError
+from hessops.functional.precision import finite_rows, largest_entries
 from hessops.operators.base import TensorOperator
 from hessops.operators.outcomes import CURVATURE_NOISE, Problem, Run
 from hessops.operators.solution import SolveStatus
 from hessops.preconditioners import Preconditioner
 from hessops.solvers.block_conjugate_gradient import BlockRun
 from hessops.solvers.krylov import KrylovOperator
-from hessops.solvers.rows import RowRun
+from hessops.solvers.rows import Phase, RowRun
 
 
 class CgOperator(KrylovOperator):
@@ -137,40 +138,61 @@ class _CgRun(RowRun):
         super().__init__(problem)
 
     def _step(self, products: Tensor, *, stepping: Tensor, restarted: Tensor) -> None:
-        curvature = self.note_curvature(products, stepping)
+        curvature, inner = self.note_curvature(products, stepping)
         noise = torch.finfo(products.dtype).eps * self.operator_norms
         indefinite = stepping & (curvature < -CURVATURE_NOISE * noise)
-        step = self.products_of_residual / (self.direction * products).sum(dim=1)
+        step = self.products_of_residual / inner
         flat = stepping & ~indefinite & ((curvature <= noise) | ~step.isfinite())
         moving = stepping & ~indefinite & ~flat
-        rows = moving.unsqueeze(1)
-        along = torch.where(moving, step, 0.0).unsqueeze(1)
-        self.iterate = torch.where(rows, self.iterate + along * self.direction, self.iterate)
-        change = -along * torch.where(rows, products, 0.0)
-        self.residual = self.residual + change
-        self._turn(change, moving, restarted)
-        norms = self.residual.norm(dim=1)
+        along = torch.where(moving, step, 0.0)
+        self.iterate.addcmul_(self.direction, along.unsqueeze(1))
+        self.residual.addcmul_(products, along.unsqueeze(1), value=-1)
+        norms = self._cleared_norms()
+        lost = moving & ~norms.isfinite()
+        moving = moving & ~lost
+        if not self.is_idle(moving | restarted):
+            self._turn(norms, -along, products, moving, restarted)
         self.estimates = torch.where(moving, norms, self.estimates)
+        self.end(lost, SolveStatus.NON_FINITE)
         self.end(indefinite, SolveStatus.INDEFINITE)
         self.end(flat, SolveStatus.BREAKDOWN)
         self.moved(moving)
 
-    def _turn(self, change: Tensor, moving: Tensor, restarted: Tensor) -> None:
-        """The next directions of rows that moved or begin."""
-        rows = moving | restarted
-        if not bool(rows.any()):
-            return
-        precondition = self.problem.precondition
-        applied = precondition(torch.where(rows.unsqueeze(1), self.residual, 0.0))
-        inner = (self.residual * applied).sum(dim=1)
-        before = self.products_of_residual
-        numerator = (applied * change).sum(dim=1) if precondition.varies else inner
-        # A residual of exactly zero has no next direction; its iterate is verified and done.
-        ratio = torch.where(moving & (before > 0), numerator / before, 0.0).unsqueeze(1)
-        following = applied + ratio * self.direction
-        self.direction = torch.where(rows.unsqueeze(1), following, self.direction)
-        self.products_of_residual = torch.where(rows, inner, before)
-        positive = (inner > 0) & applied.isfinite().all(dim=1)
-        is_zero = self.residual.count_nonzero(dim=1) == 0
+    def _cleared_norms(self) -> Tensor:
+        """Norms of the residuals, of which a preconditioner is to see no NaN.
+
+        Zero times an infinite product is one. Without a preconditioner it stays in the row, which
+        has failed, and is cleared before the next product.
+        """
+        norms: Tensor = self.residual.norm(dim=1)
+        if self.problem.precondition.product is not None:
+            self.residual.masked_fill_(~norms.isfinite().unsqueeze(1), 0.0)
+        return norms
+
+    def _turn(
+        self, norms: Tensor, along: Tensor, products: Tensor, moving: Tensor, restarted: Tensor
+    ) -> None:
+        """The next directions of rows that moved by `along` times Ap, or begin."""
+        rows, precondition = moving | restarted, self.problem.precondition
+        applied = self.residual
+        inner = numerator = norms.square()
         if precondition.product is not None:
+            applied = precondition(self.residual)
+            if self.urgent is Phase.VERIFY:
+                applied = torch.where(rows.unsqueeze(1), applied, 0.0)
+            inner = numerator = self._inner(self.residual, applied)
+        if precondition.varies:
+            numerator = along * self._inner(applied, products)
+        before = self.products_of_residual
+        # A residual of exactly zero has no next direction; its iterate is verified and done.
+        ratio = torch.where(moving & (before > 0), numerator / before, 0.0)
+        kept = torch.where(rows, ratio, 1.0).unsqueeze(1)
+        self.direction.mul_(kept).addcmul_(applied, rows.to(kept.dtype).unsqueeze(1))
+        self.products_of_residual = torch.where(rows, inner, before)
+        if precondition.product is not None:
+            positive = (inner > 0) & finite_rows(applied)
+            is_zero = largest_entries(self.residual).squeeze(1) == 0
             self.end(rows & ~positive & ~is_zero, SolveStatus.PRECONDITIONER)
+
+    def _inner(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.mul(left, right, out=self.scratch).sum(dim=1)

@@ -23,6 +23,7 @@ from hessops.errors import (
     StructureError,
 )
 from hessops.functional.krylov import ritz_pairs
+from hessops.functional.precision import finite_rows
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import POINT_AVERAGING, BatchOperator
@@ -68,7 +69,9 @@ def lissa_update(
 
     It is the residual :math:`b - (A + d s I) x` of :math:`x = h / s`.
     """
-    return rhs - dampen * current - product(current) / scale
+    update = product(current) / -scale
+    update += rhs
+    return update.sub_(current, alpha=dampen) if dampen else update
 
 
 def lissa_recursion(
@@ -546,7 +549,7 @@ class _Chain:
         self.rhs_norms = self.problem.rhs.norm(dim=1)
         self.first_norms = self.current.norm(dim=1)
         solved = self.rhs_norms <= self.problem.tolerances
-        self.current = torch.where(solved.unsqueeze(1), 0.0, self.current)
+        self.current.masked_fill_(solved.unsqueeze(1), 0.0)
         self.active = ~solved
         self.diverged = torch.zeros_like(solved)
         self.non_finite = torch.zeros_like(solved)
@@ -555,30 +558,36 @@ class _Chain:
         self.quiet = torch.zeros_like(self.iterations)
         self.looked_for = QUIET_FACTOR * self.problem.tolerances
         self.update_norms = torch.zeros_like(self.rhs_norms)
-        self.num_products = 0
+        self.num_products = self.num_steps = 0
+        self.all_active = False
 
     def is_finished(self) -> bool:
-        return self.num_steps >= self.problem.maxiter or not bool(self.active.any())
-
-    @property
-    def num_steps(self) -> int:
-        return int(self.iterations.max())
+        if self.num_steps >= self.problem.maxiter:
+            return True
+        active = int(self.active.sum())
+        # Whether no row has to be masked in the next step.
+        self.all_active = active == len(self.active)
+        return active == 0
 
     def step(self, product: RowsProduct) -> None:
         rows = self.active.unsqueeze(1)
-        moving = torch.where(rows, self.current, 0.0)
+        moving = self.current if self.all_active else torch.where(rows, self.current, 0.0)
         update = lissa_update(
             moving, product, self.problem.rhs, dampen=self.dampen, scale=self.scale
         )
+        del moving
         self.num_products += 1
         self.update_norms = update.norm(dim=1)
         if self.record is not None:
             self.record.keep(self.update_norms, self.active)
-        self.current = torch.where(rows, self.current + update, self.current)
+        finite = finite_rows(update)
+        self.current += update if self.all_active else update.masked_fill_(~rows, 0.0)
+        del update
+        self.num_steps += 1
         self.iterations = self.iterations + self.active
         bound = self.first_norms + self.iterations * self.rhs_norms
         # From an iterate within its bound, only a product can lead to what is not finite.
-        self.non_finite = self.non_finite | (self.active & ~update.isfinite().all(dim=1))
+        self.non_finite = self.non_finite | (self.active & ~finite)
         grown = self.active & ~(self.current.norm(dim=1) <= self.patience * bound)
         self.diverged = self.diverged | (grown & ~self.non_finite)
         self.active = self.active & ~(self.diverged | self.non_finite)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hessops.functional.precision import scaled_rows
+from hessops.functional.precision import safe_norms, scaled_rows
 from hessops.operators.outcomes import Problem, Run
 from hessops.operators.solution import SolveStatus
 from hessops.solvers.krylov import KrylovOperator
-from hessops.solvers.rows import RowRun
+from hessops.solvers.rows import Phase, RowRun
 
 # Where ‖Ar‖ falls below this multiple of eps‖A‖‖r‖, a least-squares solution is reached; where the
 # smallest pivot of the projected matrix does, it is singular.
@@ -84,11 +84,12 @@ class _MinresRun(RowRun):
     def __init__(self, problem: Problem) -> None:
         rhs, zero = problem.rhs, torch.zeros_like(problem.rhs[:, 0])
         # The last two Lanczos vectors before M, and their norms in the inner product of M.
-        self.lanczos = self.lanczos_before = torch.zeros_like(rhs)
+        self.lanczos, self.lanczos_before = torch.zeros_like(rhs), torch.zeros_like(rhs)
         self.beta = self.beta_before = zero
         # The last two directions of the iterate, and A times them.
-        self.update = self.update_before = torch.zeros_like(rhs)
-        self.image = self.image_before = torch.zeros_like(rhs)
+        self.update, self.update_before = torch.zeros_like(rhs), torch.zeros_like(rhs)
+        self.image, self.image_before = torch.zeros_like(rhs), torch.zeros_like(rhs)
+        self.keeps = True
         # Of the factorisation: what the last rotations left, and the norm of the residual.
         self.delta_bar = self.epsilon = self.phi_bar = zero
         self.cosine, self.sine = -torch.ones_like(zero), zero
@@ -101,14 +102,17 @@ class _MinresRun(RowRun):
 
     def _step(self, products: Tensor, *, stepping: Tensor, restarted: Tensor) -> None:
         rows = stepping | restarted
-        if not bool(rows.any()):
+        if self.is_idle(rows):
             return
-        alpha, following = self._lanczos_step(products)
+        # Where rows are verified beside, theirs stay; otherwise the oldest stacks are written over.
+        self.keeps = self.urgent is Phase.VERIFY
         self.note_curvature(products, stepping)
-        following = torch.where(restarted.unsqueeze(1), self.residual, following)
-        following = torch.where(rows.unsqueeze(1), following, 0.0)
+        alpha, following = self._lanczos_step(products)
+        if self.keeps:
+            torch.where(restarted.unsqueeze(1), self.residual, following, out=following)
+        following.masked_fill_(~rows.unsqueeze(1), 0.0)
         applied = self.problem.precondition(following)
-        beta, positive = _norm_in(following, applied)
+        beta, positive = self._norm_in(following, applied)
         unsuitable = rows & ~positive
         rows = rows & positive
         self._rotate(products, alpha, beta, stepping & rows)
@@ -117,9 +121,25 @@ class _MinresRun(RowRun):
 
     def _lanczos_step(self, products: Tensor) -> tuple[Tensor, Tensor]:
         """α, and the next Lanczos vector before M and before it is normalised."""
-        following = products - _ratio(self.beta, self.beta_before) * self.lanczos_before
-        alpha = (self.direction * following).sum(dim=1)
-        return alpha, following - _ratio(alpha, self.beta) * self.lanczos
+        before = self.lanczos_before.clone() if self.keeps else self.lanczos_before
+        following = before.mul_(-_ratio(self.beta, self.beta_before)).add_(products)
+        alpha = torch.mul(self.direction, following, out=self.scratch).sum(dim=1)
+        return alpha, following.addcmul_(_ratio(alpha, self.beta), self.lanczos, value=-1)
+
+    def _norm_in(self, rows: Tensor, applied: Tensor) -> tuple[Tensor, Tensor]:
+        """The norms √(rᵀMr) of some rows, given Mr, and whether they are real up to rounding.
+
+        Scaled, so that no square leaves the range of the dtype.
+        """
+        if self.problem.precondition.product is None:
+            norms = safe_norms(rows, out=self.scratch)
+            return norms, norms >= 0
+        right, right_size = scaled_rows(applied)
+        left, left_size = scaled_rows(rows, out=self.scratch)
+        noise = torch.finfo(rows.dtype).eps * left.norm(dim=1) * right.norm(dim=1)
+        squared = right.mul_(left).sum(dim=1)
+        sizes = left_size.sqrt() * right_size.sqrt()
+        return squared.clamp(min=0).sqrt() * sizes.squeeze(1), squared >= -noise
 
     def _rotate(self, products: Tensor, alpha: Tensor, beta: Tensor, rows: Tensor) -> None:
         """The next rotation, and with it the next iterate of some rows."""
@@ -140,8 +160,8 @@ class _MinresRun(RowRun):
         gamma = torch.where(moving, gamma, 1.0)
         self._update_directions(products, delta, gamma, moving)
         phi = torch.where(moving, gamma_bar / gamma * self.phi_bar, 0.0).unsqueeze(1)
-        self.iterate = self.iterate + phi * self.update
-        self.residual = self.residual - phi * self.image
+        self.iterate.addcmul_(self.update, phi)
+        self.residual.addcmul_(self.image, phi, value=-1)
         self.estimates = torch.where(moving, self.residual.norm(dim=1), self.estimates)
         self.epsilon = torch.where(moving, self.sine * beta, self.epsilon)
         self.delta_bar = torch.where(moving, delta_bar, self.delta_bar)
@@ -176,45 +196,53 @@ class _MinresRun(RowRun):
         self, products: Tensor, delta: Tensor, gamma: Tensor, rows: Tensor
     ) -> None:
         """(v − ε d₋₂ − δ d₋₁) / γ, and A times it."""
-        by_row, epsilon = rows.unsqueeze(1), self.epsilon.unsqueeze(1)
-        delta, gamma = delta.unsqueeze(1), gamma.unsqueeze(1)
-        update = (self.direction - epsilon * self.update_before - delta * self.update) / gamma
-        image = (products - epsilon * self.image_before - delta * self.image) / gamma
-        self.update_before = torch.where(by_row, self.update, self.update_before)
-        self.image_before = torch.where(by_row, self.image, self.image_before)
-        self.update = torch.where(by_row, update, self.update)
-        self.image = torch.where(by_row, image, self.image)
+        # Zero for rows that have failed, whose numbers may be NaN.
+        older, old, new = (
+            torch.where(rows, part / gamma, 0.0).unsqueeze(1)
+            for part in (-self.epsilon, -delta, torch.ones_like(gamma))
+        )
+
+        def combined(vector: Tensor, last: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+            """The next one and the last one, in place of the last one and the one before."""
+            kept = before.clone() if self.keeps else before
+            following = kept.mul_(older).addcmul_(last, old).addcmul_(vector, new)
+            if not self.keeps:
+                return following, last
+            by_row = rows.unsqueeze(1)
+            torch.where(by_row, last, before, out=before)
+            return torch.where(by_row, following, last), before
+
+        self.update, self.update_before = combined(self.direction, self.update, self.update_before)
+        self.image, self.image_before = combined(products, self.image, self.image_before)
 
     def _shift_lanczos(
         self, following: Tensor, applied: Tensor, beta: Tensor, rows: Tensor, restarted: Tensor
     ) -> None:
         """Takes the next Lanczos vector; for a restart it is the first one."""
         by_row, fresh = rows.unsqueeze(1), restarted.unsqueeze(1)
-        self.lanczos_before = torch.where(by_row, self.lanczos, self.lanczos_before)
-        self.lanczos = torch.where(by_row, following, self.lanczos)
+        length = torch.where(beta > 0, beta, 1.0).unsqueeze(1)
+        if self.keeps:
+            unit = torch.div(applied, length, out=self.scratch)
+            torch.where(by_row, unit, self.direction, out=self.direction)
+            torch.where(by_row, self.lanczos, self.lanczos_before, out=self.lanczos_before)
+            torch.where(by_row, following, self.lanczos, out=self.lanczos)
+            for stack in (
+                self.lanczos_before,
+                self.update,
+                self.update_before,
+                self.image,
+                self.image_before,
+            ):
+                stack.masked_fill_(fresh, 0.0)
+        else:
+            torch.div(applied, length, out=self.direction)
+            self.lanczos, self.lanczos_before = following, self.lanczos
         self.beta_before = torch.where(rows, self.beta, self.beta_before)
         self.beta = torch.where(rows, beta, self.beta)
-        unit = applied / torch.where(beta > 0, beta, 1.0).unsqueeze(1)
-        self.direction = torch.where(by_row, unit, self.direction)
-        for name in ("lanczos_before", "update", "update_before", "image", "image_before"):
-            setattr(self, name, torch.where(fresh, 0.0, getattr(self, name)))
         for name in ("beta_before", "delta_bar", "epsilon", "sine"):
             setattr(self, name, torch.where(restarted, 0.0, getattr(self, name)))
         self.cosine = torch.where(restarted, -1.0, self.cosine)
         self.phi_bar = torch.where(restarted, beta, self.phi_bar)
-
-
-def _norm_in(rows: Tensor, applied: Tensor) -> tuple[Tensor, Tensor]:
-    """The norms √(rᵀMr) of some rows, given Mr, and whether they are real up to rounding.
-
-    Scaled, so that no square leaves the range of the dtype.
-    """
-    left, left_size = scaled_rows(rows)
-    right, right_size = scaled_rows(applied)
-    squared = (left * right).sum(dim=1)
-    noise = torch.finfo(rows.dtype).eps * left.norm(dim=1) * right.norm(dim=1)
-    sizes = left_size.sqrt() * right_size.sqrt()
-    return squared.clamp(min=0).sqrt() * sizes.squeeze(1), squared >= -noise
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

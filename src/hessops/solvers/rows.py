@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from hessops.functional.precision import scaled_rows
+from hessops.functional.precision import finite_rows, powers_of_two
 from hessops.operators.outcomes import (
     CHECK_INTERVAL,
     DRIFT_FACTOR,
@@ -20,11 +20,14 @@ from hessops.operators.solution import SolveStatus
 
 
 class Phase(IntEnum):
-    """What the next application of the operator does for a right-hand side."""
+    """What the next application of the operator does for a right-hand side.
 
-    STEP = 0  # multiplies its search direction
-    VERIFY = 1  # multiplies its iterate, for the true residual
-    DONE = 2
+    The largest one says whether any right-hand side is to be verified, and whether all are done.
+    """
+
+    DONE = 0
+    STEP = 1  # multiplies its search direction
+    VERIFY = 2  # multiplies its iterate, for the true residual
 
 
 class RowRun(Run):
@@ -35,7 +38,14 @@ class RowRun(Run):
     them would change the shape of the products and with it their rounding.
 
     A subclass defines ``_step`` and keeps `direction`, `iterate`, `residual` and `estimates`, the
-    norm of the residual of its recurrence.
+    norm of the residual of its recurrence. They are updated in place, for a new stack costs more
+    than the arithmetic. Rows that do not move have coefficients of zero; where a product may be
+    infinite, which zero does not undo, what it led to is cleared. The product itself is never
+    written to, and neither is the direction before the product is used for the last time: they may
+    be one tensor.
+
+    The host waits for the device once in a step, for the most urgent phase of all rows, and once
+    more in those steps that verify a row.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -43,6 +53,7 @@ class RowRun(Run):
         self.iterate = torch.zeros_like(problem.rhs)
         self.residual = problem.rhs.clone()
         self.direction = torch.zeros_like(problem.rhs)
+        self.scratch = torch.empty_like(problem.rhs)
         # Largest ‖Ap‖/‖p‖ met: a lower bound of ‖A‖ for the curvature test.
         self.operator_norms = torch.zeros_like(self.estimates)
         active = self.outcomes.undecided
@@ -61,8 +72,12 @@ class RowRun(Run):
         self.awaited = warm
         self.outcomes.keep(self.estimates, ~warm)
         cold = active & ~warm
+        # A start means verification, which restarts what there is.
+        self.urgent = Phase.VERIFY
         if bool(cold.any()):
-            self._step(torch.zeros_like(problem.rhs), stepping=none, restarted=cold)
+            none_yet = torch.zeros_like(problem.rhs[:, :1]).expand_as(problem.rhs)
+            self._step(none_yet, stepping=none, restarted=cold)
+        self._settle()
 
     @abstractmethod
     def _step(self, products: Tensor, *, stepping: Tensor, restarted: Tensor) -> None:
@@ -73,47 +88,73 @@ class RowRun(Run):
 
     def is_finished(self) -> bool:
         """Whether every row is done."""
-        return bool((self.phase == Phase.DONE).all())
+        return self.urgent is Phase.DONE
 
     def vectors(self) -> Tensor:
-        """Search directions, iterates to verify, and zeros for what is done."""
+        """Search directions, iterates to verify, and zeros for what is done.
+
+        Where nothing is to be verified, the directions themselves: they change in the next step.
+        """
+        if self.urgent is not Phase.VERIFY:
+            return self.direction
         verifying = (self.phase == Phase.VERIFY).unsqueeze(1)
-        done = (self.phase == Phase.DONE).unsqueeze(1)
-        chosen = torch.where(verifying, self.iterate, self.direction)
-        return torch.where(done, 0.0, chosen)
+        return torch.where(verifying, self.iterate, self.direction)
 
     def advance(self, products: Tensor) -> None:
         """Steps and verifies, each row as its phase says."""
         self.num_applications += 1
         stepping, verifying = self.phase == Phase.STEP, self.phase == Phase.VERIFY
-        restarted = self._verify(products, verifying)
-        finite = products.isfinite().all(dim=1)
+        if self.urgent is Phase.VERIFY:
+            restarted = self._verify(products, verifying)
+        else:
+            restarted = verifying
+        finite = finite_rows(products)
         self.end(stepping & ~finite, SolveStatus.NON_FINITE)
         self._step(products, stepping=stepping & finite, restarted=restarted)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Asks the device what is next, and clears the rows that have no next step."""
+        self.urgent = Phase(int(self.phase.amax()))
+        if self.urgent is not Phase.STEP:
+            decided = ~self.outcomes.undecided.unsqueeze(1)
+            self.direction.masked_fill_(decided, 0.0)
+            self.residual.masked_fill_(decided, 0.0)
+
+    def is_idle(self, rows: Tensor) -> bool:
+        """Whether none of these rows moves or begins; asks the device only where that may be."""
+        return self.urgent is Phase.VERIFY and not bool(rows.any())
 
     def end(self, rows: Tensor, status: SolveStatus) -> None:
         """Verifies these rows one last time; the status stands unless the tolerance is met."""
         self.outcomes.decide(rows, status)
         self.phase = torch.where(rows, int(Phase.VERIFY), self.phase)
 
-    def note_curvature(self, products: Tensor, rows: Tensor) -> Tensor:
-        """Notes norm and curvature of the operator along the directions p; returns pᵀAp/‖p‖².
+    def note_curvature(self, products: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Notes norm and curvature of the operator along the directions p.
 
-        Scaled, so that no square leaves the range of the dtype.
+        Scaled by powers of two, so that no square leaves the range of the dtype and nothing is
+        rounded for it.
+
+        Returns:
+            pᵀAp/‖p‖² and pᵀAp, ``(k,)`` each.
         """
-        unit, length = scaled_rows(self.direction)
-        image, height = scaled_rows(products)
+        size, scratch = powers_of_two(self.direction), self.scratch
+        length = torch.div(self.direction, size, out=scratch).norm(dim=1) * size.squeeze(1)
         # A direction of zero, from a singular preconditioner, has no curvature.
-        squared = unit.square().sum(dim=1).clamp(min=1)
-        ratio = (height / torch.where(length > 0, length, 1.0)).squeeze(1)
-        growth = image.norm(dim=1) / squared.sqrt() * ratio
-        curvature: Tensor = (unit * image).sum(dim=1) / squared * ratio
+        length = torch.where(length > 0, length, 1.0)
+        height = powers_of_two(products)
+        image = torch.div(products, height, out=scratch)
+        height = height.squeeze(1)
+        growth = image.norm(dim=1) * (height / length)
+        inner = torch.mul(image, self.direction, out=scratch).sum(dim=1)
+        curvature = inner / length * (height / length)
         self.operator_norms = torch.where(
             rows, self.operator_norms.maximum(growth), self.operator_norms
         )
         smallest = self.outcomes.smallest_curvatures
         self.outcomes.smallest_curvatures = torch.where(rows, smallest.minimum(curvature), smallest)
-        return curvature
+        return curvature, inner * height
 
     def moved(self, rows: Tensor) -> None:
         """Counts a step of some rows and sends to verification what is due."""
@@ -126,12 +167,12 @@ class RowRun(Run):
     def _verify(self, products: Tensor, verifying: Tensor) -> Tensor:
         """Measures true residuals; returns the rows whose recurrence begins anew from them."""
         outcomes = self.outcomes
-        residual = self.problem.rhs - products
+        residual = torch.sub(self.problem.rhs, products, out=self.scratch)
         norms = residual.norm(dim=1)
         # A start that is worse than zero is no use.
         dropped = self.awaited & ~(norms <= outcomes.rhs_norms)
-        self.iterate = torch.where(dropped.unsqueeze(1), 0.0, self.iterate)
-        residual = torch.where(dropped.unsqueeze(1), self.problem.rhs, residual)
+        self.iterate.masked_fill_(dropped.unsqueeze(1), 0.0)
+        torch.where(dropped.unsqueeze(1), self.problem.rhs, residual, out=residual)
         norms = torch.where(dropped, outcomes.rhs_norms, norms)
         finite = norms.isfinite()
         before = outcomes.measured(self.iterate, norms, verifying)
@@ -146,9 +187,9 @@ class RowRun(Run):
         going_on = going_on & outcomes.undecided
         # Where an earlier iterate was better, it is measured again, to restart from there.
         self.returning = judged & going_on & (norms > before)
-        self.iterate = torch.where(self.returning.unsqueeze(1), outcomes.best, self.iterate)
+        torch.where(self.returning.unsqueeze(1), outcomes.best, self.iterate, out=self.iterate)
         restarted: Tensor = going_on & drifted & ~self.returning
-        self.residual = torch.where(restarted.unsqueeze(1), residual, self.residual)
+        torch.where(restarted.unsqueeze(1), residual, self.residual, out=self.residual)
         self.estimates = torch.where(restarted, norms, self.estimates)
         outcomes.keep(norms, self.awaited)
         self.awaited = torch.zeros_like(self.awaited)
