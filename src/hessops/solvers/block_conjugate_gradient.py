@@ -163,7 +163,10 @@ class BlockRun(Run):
             self._restart(rows, residual, self._measured(rows, residual.norm(dim=1)))
         elif self.phase is _Phase.STEP:
             rank = len(self.block.directions)
-            self._verify(products[rank:])
+            if len(self.candidates):
+                residual = self.problem.rhs[self.candidates].sub_(products[rank:])
+                self._verify(residual.norm(dim=1))
+                del residual
             self._step(products[:rank])
         else:
             self._verify_alone(products)
@@ -335,12 +338,9 @@ class BlockRun(Run):
         self.candidates = rows
         self.candidate_estimates = self.estimates[rows]
 
-    def _verify(self, products: Tensor) -> Tensor:
-        """Measures the candidates; returns their best residual norms before."""
+    def _verify(self, norms: Tensor) -> Tensor:
+        """Takes the true residual norms of the candidates; returns their best ones before."""
         rows = self.candidates
-        if not len(rows):
-            return rows.to(self.estimates.dtype)
-        norms = self.problem.rhs[rows].sub_(products).norm(dim=1)
         before = self._measured(rows, norms)
         self.drifted[rows] = ~(norms <= DRIFT_FACTOR * self.candidate_estimates)
         self.next_check[rows] = following_check(
@@ -351,8 +351,8 @@ class BlockRun(Run):
 
     def _verify_alone(self, products: Tensor) -> None:
         """Goes on after an application that only verified."""
-        rows, residual = self.candidates, self.problem.rhs[self.candidates] - products
-        before = self._verify(products)
+        rows, residual = self.candidates, self.problem.rhs[self.candidates].sub_(products)
+        before = self._verify(residual.norm(dim=1))
         if self.phase is _Phase.LAST:
             self.phase = _Phase.MEASURE
             return
