@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
-from hessops.batch.averaging import NOTHING, Averaging, PointAveraging
+from hessops.batch.averaging import NOTHING, Averaging, PointAveraging, Summand
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -126,7 +126,7 @@ class DistributedAveraging(Averaging):
 
     def reduce(
         self,
-        values: Iterable[tuple[Tensor, int]],
+        values: Iterable[tuple[Tensor | Summand, int]],
         like: Tensor | None = None,
         same: Same = NOTHING,
     ) -> Tensor:

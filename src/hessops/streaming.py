@@ -209,10 +209,12 @@ class BatchStream:
         self.progress = progress
         self.same_batches = same_batches
         self.may_be_empty = may_be_empty
-        self._budget = _cache_budget(cache)
+        # Bytes that the batches may take on the device; 0 keeps none.
+        self.budget = _cache_budget(cache)
         self._random_state = _PrivateRandomState()
         self._first_pass: _Fingerprint | None = None
         self._kept: list[Batch] | None = None
+        self._overflows = False
         self._kept_is_verified = False
 
     @property
@@ -255,6 +257,11 @@ class BatchStream:
         """Whether the batches of the last pass are kept on the device."""
         return self._kept is not None
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known if the batches are kept; a pass settles it."""
+        return self._kept is not None or self._overflows or self.budget == 0
+
     def __iter__(self) -> Iterator[Batch]:
         """Yields the batches of one pass; empty batches are left out.
 
@@ -269,7 +276,7 @@ class BatchStream:
             for _ in self._load(keep=False):
                 pass
             self._kept_is_verified = True
-        yield from self._with_progress(self._kept, len(self._kept))
+        yield from self.shown(self._kept, len(self._kept))
 
     def replayed(self, seed: int) -> BatchStream:
         """The same stream with a random state of its own, so that its order depends on the seed.
@@ -278,7 +285,7 @@ class BatchStream:
         """
         replay = copy.copy(self)
         replay._random_state = _PrivateRandomState.seeded(seed)
-        replay._budget, replay._kept = 0, None
+        replay.budget, replay._kept = 0, None
         return replay
 
     @property
@@ -311,11 +318,11 @@ class BatchStream:
     def _load(self, *, keep: bool = True) -> Iterator[Batch]:
         """One pass over the data themselves."""
         fingerprint = _Fingerprint(by_batch=self.same_batches)
-        kept: list[Batch] | None = [] if keep and self._budget > 0 else None
+        kept: list[Batch] | None = [] if keep and self.budget > 0 else None
         kept_bytes = 0
         length = known_length(self.data)
         raw_batches = self._random_state.iterate(self.data)
-        for position, raw in enumerate(self._with_progress(raw_batches, length)):
+        for position, raw in enumerate(self.shown(raw_batches, length)):
             original = Batch.from_raw(raw, self.unpack, position)
             if original.size == 0:
                 continue
@@ -323,8 +330,8 @@ class BatchStream:
             fingerprint.add(batch)
             if kept is not None:
                 kept_bytes += batch.num_bytes
-                if kept_bytes > self._budget:
-                    kept = None
+                if kept_bytes > self.budget:
+                    kept, self._overflows = None, True
                 else:
                     kept.append(_owned(batch, original))
             yield batch
@@ -348,7 +355,8 @@ class BatchStream:
             "batches"
         )
 
-    def _with_progress(self, batches: Iterable[_Item], length: int | None) -> Iterable[_Item]:
+    def shown(self, batches: Iterable[_Item], length: int | None) -> Iterable[_Item]:
+        """The batches of a pass, behind a progress bar where that was asked for."""
         if not self.progress:
             return batches
         bar: Iterable[_Item] = tqdm(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from math import isfinite
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hessops.errors import ArgumentError, DataError, ShapeError
@@ -13,6 +15,13 @@ from hessops.functional.precision import accumulation_dtype
 from hessops.processes import ONE_PROCESS, Processes, Same
 
 NOTHING: Same = {}
+
+
+class Summand(Protocol):
+    """A value that is added where it is wanted, without a tensor of its own."""
+
+    def add_to(self, total: Tensor, weight: float) -> None:
+        """Adds weight times the value to a tensor of its shape."""
 
 
 class Averaging(ABC):
@@ -55,15 +64,15 @@ class Averaging(ABC):
 
     def reduce(
         self,
-        values: Iterable[tuple[Tensor, int]],
+        values: Iterable[tuple[Tensor | Summand, int]],
         like: Tensor | None = None,
         same: Same = NOTHING,
     ) -> Tensor:
         """The weighted mean of pairs (value, number of points).
 
         Args:
-            values: Tensors of one shape, each with the number of points it stands for. They are
-                consumed one at a time.
+            values: Tensors of one shape, or what is added like them, each with the number of
+                points it stands for. They are consumed one at a time.
             like: A tensor of that shape, and of the dtype and device of the result, which averages
                 over several processes need: a process may have no values.
             same: What must be equal in all processes, as they check; see `hessops.processes`.
@@ -79,17 +88,19 @@ class Averaging(ABC):
         total: Tensor | None = None
         total_weight, dtype = 0.0, None
         for value, weight in self._weighted(values):
-            dtype = value.dtype
             if total is None:
-                total = weight * value.to(accumulation_dtype(dtype))
-            else:
-                _add(total, value, weight)
+                first = value if isinstance(value, Tensor) else like
+                if first is None:
+                    raise ArgumentError("like is needed: the first value is no tensor")
+                dtype = first.dtype
+                total = torch.zeros_like(first, dtype=accumulation_dtype(dtype))
+            _add(total, value, weight)
             total_weight += weight
         if total is None or total_weight == 0:
             raise DataError("there is nothing to average: no batches, or all of weight zero")
         return total.div_(total_weight).to(dtype)
 
-    def add_to(self, total: Tensor, values: Iterable[tuple[Tensor, int]]) -> float:
+    def add_to(self, total: Tensor, values: Iterable[tuple[Tensor | Summand, int]]) -> float:
         r"""Adds :math:`\sum_b w_b v_b` to a tensor, and returns :math:`\sum_b w_b`."""
         total_weight = 0.0
         for value, weight in self._weighted(values):
@@ -97,7 +108,9 @@ class Averaging(ABC):
             total_weight += weight
         return total_weight
 
-    def _weighted(self, values: Iterable[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, float]]:
+    def _weighted(
+        self, values: Iterable[tuple[Tensor | Summand, int]]
+    ) -> Iterator[tuple[Tensor | Summand, float]]:
         for value, num_points in values:
             weight = float(self.weight(num_points))
             if not isfinite(weight) or weight < 0:
@@ -111,7 +124,10 @@ class Averaging(ABC):
         return f"{type(self).__name__}()"
 
 
-def _add(total: Tensor, value: Tensor, weight: float) -> None:
+def _add(total: Tensor, value: Tensor | Summand, weight: float) -> None:
+    if not isinstance(value, Tensor):
+        value.add_to(total, weight)
+        return
     if value.shape != total.shape:
         raise ShapeError(
             f"values must have one shape, got {tuple(total.shape)} and {tuple(value.shape)}"

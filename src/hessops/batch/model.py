@@ -10,12 +10,13 @@ from functools import partial
 from typing import Literal, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hessops.batch.operation import BatchOperation
+from hessops.batch.operation import AddRows, BatchOperation
 from hessops.errors import ArgumentError, ForwardModeError
 from hessops.functional.checks import require_forward_agreement, require_symmetry
-from hessops.functional.columns import chunked
+from hessops.functional.columns import columns_that_fit, in_column_chunks
+from hessops.functional.memory import GraphSize, GraphSizes
 from hessops.functional.products import LinearFunction, Stack, StackedGradient
 from hessops.objective import Objective
 from hessops.point_loss import Loss, Reduction
@@ -40,8 +41,8 @@ class ModelBatchOperation(BatchOperation):
         mode: ``"rev-rev"`` differentiates in reverse mode throughout. ``"rev-fwd"`` uses forward
             mode for products with a Jacobian; torch gets some layers wrong there, so it is compared
             with reverse mode on every batch of the first pass.
-        chunk_size: Vectors that share one vectorised backward pass; ``None`` takes as many as fit
-            512 MiB by a model of bytes. Never changes what is computed.
+        chunk_size: Vectors that share one vectorised backward pass; ``None`` decides by a model of
+            bytes, see `hessops.functional.columns.columns_that_fit`.
 
     Raises:
         ArgumentError: An unknown `mode`, or `chunk_size` below 1.
@@ -75,6 +76,7 @@ class ModelBatchOperation(BatchOperation):
         self.mode: Mode = mode
         self.chunk_size = chunk_size
         self._stacked_gradient = StackedGradient()
+        self._graph_sizes = GraphSizes()
         self._symmetry_is_checked = self.symmetric_by_construction
 
     @abstractmethod
@@ -91,10 +93,72 @@ class ModelBatchOperation(BatchOperation):
         return self.objective.differentiating(type(self).__name__)
 
     def _reverse_product(self, batch: Batch, tensors: Stack) -> Stack:
-        linearize = partial(self._linearize, batch, forward_mode=False)
-        if len(next(iter(tensors.values()))) == 1:
-            return linearize()(tensors)
-        return chunked(linearize, self.space, self.chunk_size)(tensors)
+        count = len(next(iter(tensors.values())))
+        columns = 1 if count == 1 else self._columns(batch)
+        return in_column_chunks(self._reverse_linear(batch), tensors, columns)
+
+    def _reverse_linear(self, batch: Batch) -> LinearFunction:
+        return self._linearize(batch, forward_mode=False)
+
+    def _columns(self, batch: Batch) -> int:
+        """Vectors that share one backward pass."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        size = self._graph_size(batch)
+        return columns_that_fit(self.space, size.num_bytes, size.num_tensors)
+
+    def _graph_size(self, batch: Batch) -> GraphSize:
+        def build(points: Batch) -> object:
+            # A product too, because some of the graph is made in the first one only.
+            linear, space = self._reverse_linear(points), self.space
+            zero = torch.zeros(1, space.size, dtype=space.dtype, device=space.device)
+            return linear, linear(space.unflatten(zero))
+
+        with self._differentiating():
+            return self._graph_sizes.of(batch, build)
+
+    def graph_bytes(self, batch: Batch) -> int | None:
+        """As of `BatchOperation`; in forward mode, and on the meta device, nothing is retained."""
+        if self.mode == "rev-fwd" or self.space.device.type == "meta":
+            return None
+        return self._graph_size(batch).num_bytes
+
+    def linearized(self, batch: Batch) -> AddRows:
+        """As of `BatchOperation`, with the graph of the batch at the parameters of now."""
+        with self._differentiating():
+            linear = self._reverse_linear(batch)
+        columns = self._columns(batch)
+
+        def add_rows(rows: Tensor, total: Tensor, weight: float) -> None:
+            with self._differentiating():
+                self._add_columns(linear, columns, rows, total, weight)
+
+        return add_rows
+
+    def add_rows(self, batch: Batch, rows: Tensor, total: Tensor, weight: float) -> None:
+        """As of `BatchOperation`, column by column or some at a time."""
+        if self.mode == "rev-fwd" or len(rows) == 0 or batch.size == 0:
+            super().add_rows(batch, rows, total, weight)
+            return
+        columns = 1 if len(rows) == 1 else self._columns(batch)
+        with self._differentiating():
+            self._add_columns(self._reverse_linear(batch), columns, rows, total, weight)
+
+    def _add_columns(
+        self, linear: LinearFunction, columns: int, rows: Tensor, total: Tensor, weight: float
+    ) -> None:
+        # Each product is added while the processor still has it in its cache.
+        version = rows._version
+        results = self.space.unflatten(total)
+        stack = self.space.unflatten(rows.contiguous())
+        for start in range(0, len(rows), columns):
+            some = slice(start, start + columns)
+            products = linear({name: t[some] for name, t in stack.items()})
+            for name, result in results.items():
+                part = result[some]
+                self._require_shape(products[name], part.shape)
+                part.add_(products[name], alpha=weight)
+        self._require_unwritten(rows, version)
 
     def _forward_product(self, batch: Batch, tensors: Stack) -> Stack:
         try:
@@ -145,8 +209,14 @@ class ModelBatchOperation(BatchOperation):
         fewer = copy.copy(self)
         fewer.objective = self.objective.restricted(names)
         fewer.space = fewer.objective.space
-        fewer._stacked_gradient = StackedGradient()
+        fewer._stacked_gradient, fewer._graph_sizes = StackedGradient(), GraphSizes()
         return fewer
+
+    def frozen(self) -> Self:
+        """The same operation, which keeps its parameters when this one is refreshed."""
+        kept = copy.copy(self)
+        kept.objective = copy.copy(self.objective)
+        return kept
 
     def _move_parts(self, device: torch.device) -> None:
         self.objective = self.objective.to(device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Self
 
 import torch
@@ -16,6 +17,9 @@ from hessops.isolation import isolated
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch
 from hessops.validation import checked_rows
+
+# Adds to the second tensor a multiple of the products with the rows of the first.
+AddRows = Callable[[Tensor, Tensor, float], None]
 
 
 class BatchOperation(ABC):
@@ -105,16 +109,38 @@ class BatchOperation(ABC):
             return torch.zeros_like(rows)
         version = rows._version
         products = self.space.flatten(self._apply_stack(batch, self.space.unflatten(rows)))
+        self._require_unwritten(rows, version)
+        self._require_shape(products, rows.shape)
+        return products
+
+    def add_rows(self, batch: Batch, rows: Tensor, total: Tensor, weight: float) -> None:
+        """Adds a multiple of the products of `apply_rows` to a tensor of their shape."""
+        total.add_(self.apply_rows(batch, rows), alpha=weight)
+
+    def _require_shape(self, products: Tensor, shape: torch.Size) -> None:
+        if products.shape != shape:
+            raise ShapeError(
+                f"{type(self).__name__} maps vectors of shape {tuple(shape)} to "
+                f"{tuple(products.shape)}: its hook does not keep the contract"
+            )
+
+    def _require_unwritten(self, rows: Tensor, version: int) -> None:
         if rows._version != version:
             raise ArgumentError(
-                f"{type(self).__name__}._apply_stack writes to its argument; return new tensors"
+                f"the hook of {type(self).__name__} writes to its argument; return new tensors"
             )
-        if products.shape != rows.shape:
-            raise ShapeError(
-                f"{type(self).__name__}._apply_stack maps {len(rows)} vectors to "
-                f"{tuple(products.shape)}, expected {tuple(rows.shape)}"
-            )
-        return products
+
+    def graph_bytes(self, batch: Batch) -> int | None:
+        """What `linearized` would retain, estimated; ``None`` where it saves no work."""
+        return None
+
+    def linearized(self, batch: Batch) -> AddRows:
+        """As `add_rows` for one batch, with what that alone determines.
+
+        For batches of at least one point, of which `graph_bytes` is not ``None``; others are
+        traversed anew in each product.
+        """
+        return partial(self.add_rows, batch)
 
     def to(self, device: torch.device | str) -> Self:
         """The same operation on another device."""

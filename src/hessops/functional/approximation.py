@@ -150,7 +150,7 @@ def operator_spectral_approximation(
         tensor([29., 28.])
     """
     return lanczos_low_rank_hessian_approx(
-        operator.apply,
+        operator.linearize().apply,
         (operator.input_size, operator.input_size),
         rank_estimate=rank,
         krylov_dimension=krylov_dimension,

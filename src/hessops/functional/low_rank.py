@@ -29,6 +29,9 @@ class Operator(Protocol):
     def apply(self, tensor: Tensor) -> Tensor:
         """Products with a vector or with rows."""
 
+    def linearize(self) -> Operator:
+        """The same operator, for many products."""
+
 
 @dataclass(frozen=True, eq=False)
 class LowRankProductRepresentation:

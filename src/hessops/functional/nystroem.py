@@ -290,8 +290,9 @@ def operator_nystroem_approximation(
 
 def operator_sketch(operator: Operator, generator: torch.Generator | None = None) -> NystroemSketch:
     """An empty sketch of a symmetric operator of float32 or float64."""
+    linear = operator.linearize()
     return NystroemSketch(
-        lambda columns: operator.apply(columns.T).T,
+        lambda columns: linear.apply(columns.T).T,
         operator.input_size,
         operator.dtype,
         operator.device,

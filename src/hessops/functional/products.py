@@ -107,6 +107,8 @@ class StackedGradient:
             )
             for i in range(len(rows[0]))
         ]
+        if len(passes) == 1:
+            return [None if gradient is None else gradient.unsqueeze(0) for gradient in passes[0]]
         return [
             None if column[0] is None else torch.stack(column)
             for column in zip(*passes, strict=True)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from hessops.errors import DeviceError, DtypeError, ShapeError, SingularOperatorError
-from hessops.operators.base import TensorOperator, no_adjoint
-from hessops.operators.diagonal import BlockDiagonalOperator
+from hessops.operators.base import CompositeOperator, TensorOperator, no_adjoint
 from hessops.operators.inverse import ClosedFormInverse, InverseOperator
 from hessops.space import ParameterSpace
 
+PartMap = Callable[[TensorOperator], TensorOperator]
 
-class SumOperator(TensorOperator):
+
+class SumOperator(CompositeOperator):
     """A + B + ..."""
 
     def __init__(self, terms: Sequence[TensorOperator]) -> None:
@@ -44,14 +44,14 @@ class SumOperator(TensorOperator):
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
         return _summed([term._adjoint_product(rows) for term in self.terms])
 
-    def _move(self, device: torch.device) -> TensorOperator:
-        return SumOperator([term.to(device) for term in self.terms])
+    def _mapped(self, function: PartMap) -> TensorOperator:
+        return SumOperator([function(term) for term in self.terms])
 
     def _children(self) -> Sequence[TensorOperator]:
         return self.terms
 
 
-class ScaledOperator(TensorOperator):
+class ScaledOperator(CompositeOperator):
     """c·A."""
 
     def __init__(
@@ -89,8 +89,9 @@ class ScaledOperator(TensorOperator):
         inner = self.operator._closed_form_inverse(shift / self.factor)
         return None if inner is None else inner / self.factor
 
-    def _move(self, device: torch.device) -> TensorOperator:
-        return ScaledOperator(self.operator.to(device), self.factor, space=self._space_on(device))
+    def _mapped(self, function: PartMap) -> TensorOperator:
+        operator = function(self.operator)
+        return ScaledOperator(operator, self.factor, space=self._space_on(operator.device))
 
     def _children(self) -> Sequence[TensorOperator]:
         return (self.operator,)
@@ -99,7 +100,7 @@ class ScaledOperator(TensorOperator):
         return f"ScaledOperator({self.factor:g})"
 
 
-class ShiftedOperator(TensorOperator):
+class ShiftedOperator(CompositeOperator):
     """A + shift·I."""
 
     def __init__(
@@ -134,10 +135,9 @@ class ShiftedOperator(TensorOperator):
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         return self.operator._closed_form_inverse(self.shift_value + shift)
 
-    def _move(self, device: torch.device) -> TensorOperator:
-        return ShiftedOperator(
-            self.operator.to(device), self.shift_value, space=self._space_on(device)
-        )
+    def _mapped(self, function: PartMap) -> TensorOperator:
+        operator = function(self.operator)
+        return ShiftedOperator(operator, self.shift_value, space=self._space_on(operator.device))
 
     def _children(self) -> Sequence[TensorOperator]:
         return (self.operator,)
@@ -146,7 +146,7 @@ class ShiftedOperator(TensorOperator):
         return f"ShiftedOperator({self.shift_value:+g} I)"
 
 
-class ComposedOperator(TensorOperator):
+class ComposedOperator(CompositeOperator):
     """A @ B: first B, then A."""
 
     def __init__(self, left: TensorOperator, right: TensorOperator) -> None:
@@ -175,15 +175,15 @@ class ComposedOperator(TensorOperator):
         left, right = (part._closed_form_inverse(0.0) for part in (self.left, self.right))
         return None if left is None or right is None else right @ left
 
-    def _move(self, device: torch.device) -> TensorOperator:
-        left = self.left.to(device)
-        return ComposedOperator(left, left if self.right is self.left else self.right.to(device))
+    def _mapped(self, function: PartMap) -> TensorOperator:
+        left = function(self.left)
+        return ComposedOperator(left, left if self.right is self.left else function(self.right))
 
     def _children(self) -> Sequence[TensorOperator]:
         return (self.left, self.right)
 
 
-class TransposedOperator(TensorOperator):
+class TransposedOperator(CompositeOperator):
     """Aᵀ of an operator with an adjoint hook."""
 
     def __init__(self, operator: TensorOperator) -> None:
@@ -207,8 +207,8 @@ class TransposedOperator(TensorOperator):
         inverse = self.operator._closed_form_inverse(shift)
         return None if inverse is None else inverse.T
 
-    def _move(self, device: torch.device) -> TensorOperator:
-        return TransposedOperator(self.operator.to(device))
+    def _mapped(self, function: PartMap) -> TensorOperator:
+        return TransposedOperator(function(self.operator))
 
     def _children(self) -> Sequence[TensorOperator]:
         return (self.operator,)
@@ -276,16 +276,6 @@ class _Combinations:
 
 TensorOperator._algebra = _Combinations()
 
-# Their adjoints are made of those of their parts.
-_COMPOSITES = (
-    SumOperator,
-    ScaledOperator,
-    ShiftedOperator,
-    ComposedOperator,
-    TransposedOperator,
-    BlockDiagonalOperator,
-)
-
 
 def _summed(values: Sequence[Tensor]) -> Tensor:
     total = values[0]
@@ -300,7 +290,7 @@ def _require_adjoint(operator: TensorOperator) -> None:
         return
     if type(operator)._apply_rows_adjoint is TensorOperator._apply_rows_adjoint:
         raise no_adjoint(operator)
-    if isinstance(operator, _COMPOSITES):
+    if isinstance(operator, CompositeOperator):
         for child in operator._children():
             _require_adjoint(child)
 

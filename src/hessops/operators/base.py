@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, overload
 
@@ -23,10 +23,12 @@ from hessops.errors import (
 )
 from hessops.interop.scipy import as_linear_operator
 from hessops.isolation import isolated
+from hessops.operators.linearized import GraphMemory
 from hessops.processes import ONE_PROCESS, Processes
 from hessops.space import ParameterSpace
 from hessops.validation import (
     available_bytes,
+    checked_count,
     checked_number,
     checked_rows,
     resolved_device,
@@ -157,6 +159,14 @@ class TensorOperator(ABC):
     def _children(self) -> Sequence[TensorOperator]:
         """The operators that this one is made of, for `refresh` and the printed tree."""
         return ()
+
+    def _linearized(self, memory: GraphMemory) -> TensorOperator:
+        """The hook for `linearize`: the same operator with what speeds up its products."""
+        return self
+
+    def _in_precision(self, dtype: torch.dtype) -> TensorOperator:
+        """The hook for `in_precision`: itself where there are no products in lower precision."""
+        return self
 
     def _label(self) -> str:
         """The operator's own line in the printed tree, without size, dtype and device."""
@@ -377,6 +387,84 @@ class TensorOperator(ABC):
 
     # --- elsewhere -----------------------------------------------------------------------
 
+    def linearize(self, max_bytes: int | None = None) -> TensorOperator:
+        r"""The same operator at fixed parameters, for many products: it retains graphs.
+
+        A product with a Hessian runs the model forward and backward, and backward once more through
+        the graph of the gradient, :math:`v \mapsto \nabla\langle\nabla L, v\rangle`. Of that only
+        the last part depends on v. What comes back retains the graphs of the batches, made in its
+        first product, so that the others need that part alone. It does so for data that are kept on
+        the device (``cache=``); where not all graphs fit, some batches are traversed anew in every
+        product. Sums, multiples and shifts are linearized in their parts; an operator that is not
+        one of a model is returned as it is.
+
+        The parameters are those of now: `refresh` of this operator does not reach the new one,
+        which has its own. Krylov solvers, eigen-solvers and sketches do this by themselves.
+
+        Args:
+            max_bytes: Memory of all graphs together; ``None`` takes 1 GiB, or what ``cache=``
+                allows where that is less.
+
+        Returns:
+            An operator with the same products up to rounding.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: `max_bytes` is not a number of bytes >= 0.
+
+        Example:
+            >>> import torch
+            >>> from hessops import HessianOperator
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> data = [(torch.eye(2), torch.zeros(2, 1))]
+            >>> H = HessianOperator(model, torch.nn.MSELoss(), data).linearize()
+            >>> for _ in range(3):
+            ...     H.apply(torch.tensor([1.0, 2.0]))
+            tensor([1., 2.])
+            tensor([1., 2.])
+            tensor([1., 2.])
+            >>> "1 of 1 graphs retained" in repr(H)
+            True
+        """
+        limit = None if max_bytes is None else checked_count(max_bytes, "max_bytes", minimum=0)
+        return self._linearized(GraphMemory(limit))
+
+    def in_precision(self, dtype: torch.dtype) -> TensorOperator:
+        r"""The same operator with its products computed in a lower precision.
+
+        Operators of a model take rounded copies of model, loss, data and vectors, and widen what
+        comes out: the operator acts on vectors of the same dtype and scale, with an error of about
+        :math:`c\,\epsilon\,\lVert A\rVert \lVert v\rVert` for the :math:`\epsilon` of `dtype`. Sums
+        over batches, multiples and shifts, and parts that are not of a model, stay in the precision
+        of the vectors. `IterativeRefinementOperator` solves with such products to full precision.
+
+        Args:
+            dtype: ``torch.float32`` for an operator of float64, ``torch.bfloat16`` for either.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: `dtype` is none of these, or not lower.
+            StructureError: No part has products in lower precision.
+            NonFiniteError: A parameter or buffer is beyond the range of `dtype`.
+            HessopsError: In the first pass, where the rounded model does not keep what
+                `Objective.check` asks for.
+
+        Example:
+            >>> import torch
+            >>> from hessops import HessianOperator
+            >>> model = torch.nn.Linear(1, 1, bias=False).double()
+            >>> x = torch.full((4, 1), 1.01, dtype=torch.float64)  # 1.0078125 in bfloat16
+            >>> H = HessianOperator(model, torch.nn.MSELoss(), [(x, torch.zeros_like(x))])
+            >>> one = torch.ones(1, dtype=torch.float64)
+            >>> H.apply(one), H.in_precision(torch.bfloat16).apply(one)
+            (tensor([2.0402], dtype=torch.float64), tensor([2.0312], dtype=torch.float64))
+        """
+        lower = self._in_precision(dtype)
+        if lower is self:
+            raise StructureError(
+                f"{type(self).__name__} has no products in lower precision: it is not an operator "
+                "of a model, nor a sum, multiple, shift or product of such ones"
+            )
+        return lower
+
     def to(self, device: torch.device | str) -> TensorOperator:
         """The same operator on another device; parts and fitted state move along."""
         resolved = resolved_device(device)
@@ -452,6 +540,27 @@ class TensorOperator(ABC):
             lines.append(("└─ " if is_last else "├─ ") + first)
             lines += [("   " if is_last else "│  ") + line for line in rest]
         return lines
+
+
+class CompositeOperator(TensorOperator):
+    """An operator made of others; abstract. A subclass defines `_mapped`."""
+
+    @abstractmethod
+    def _mapped(self, function: Callable[[TensorOperator], TensorOperator]) -> TensorOperator:
+        """The hook: the same operator, made of what a function makes of its parts."""
+
+    def _move(self, device: torch.device) -> TensorOperator:
+        return self._mapped(lambda part: part.to(device))
+
+    def _linearized(self, memory: GraphMemory) -> TensorOperator:
+        return self._mapped(memory.once(lambda part: part._linearized(memory)))
+
+    def _in_precision(self, dtype: torch.dtype) -> TensorOperator:
+        # Once for a part that occurs twice, as in A @ A.
+        lower = {id(part): part._in_precision(dtype) for part in self._children()}
+        if all(lower[id(part)] is part for part in self._children()):
+            return self
+        return self._mapped(lambda part: lower[id(part)])
 
 
 def no_adjoint(operator: TensorOperator) -> StructureError:

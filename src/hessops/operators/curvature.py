@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -19,11 +20,14 @@ from hessops.batch.hessian import HessianBatchOperation
 from hessops.batch.inverse_harmonic_mean import InverseHarmonicMeanBatchOperation
 from hessops.batch.model import Mode, ModelBatchOperation
 from hessops.batch.operation import BatchOperation
+from hessops.batch.precision import LowerPrecisionBatchOperation
 from hessops.errors import ArgumentError, ArgumentTypeError, StructureError
 from hessops.hashing import hash_of_entries, word_of_values
 from hessops.isolation import isolated
 from hessops.objective import Objective
 from hessops.operators.base import TensorDictOperator, TensorOperator
+from hessops.operators.linearized import GraphMemory, Product, RetainedGraphs
+from hessops.operators.sample_space import sample_space_inverse
 from hessops.point_loss import Loss, Reduction
 from hessops.processes import ONE_PROCESS, Processes, Same
 from hessops.space import RestrictTo
@@ -121,6 +125,7 @@ class BatchOperator(TensorDictOperator):
             )
         processes.require_shard(self.stream.data)
         self._is_checked = False
+        self._graphs: RetainedGraphs | None = None
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
         same = {"right-hand sides": lambda: hash_of_entries(rows), **self.sameness()}
@@ -140,6 +145,8 @@ class BatchOperator(TensorDictOperator):
             regularization = getattr(operation, "regularization", None)
             averaging = self.averaging.within_process
             name, dtype = type(operation).__name__, str(self.dtype)
+            if isinstance(operation, LowerPrecisionBatchOperation):
+                name += f" of {type(operation.exact).__name__} in {operation.product_dtype}"
             return word_of_values([name, dtype, averaging, regularization, of_model])
 
         return {
@@ -150,9 +157,22 @@ class BatchOperator(TensorDictOperator):
             ),
         }
 
-    def _batch_products(self, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
+    def _batch_products(self, rows: Tensor) -> Iterator[tuple[Product, int]]:
+        if self._graphs is not None and self._keeps_data():
+            yield from self._graphs.products(self.batch_operation, self.stream, rows)
+            return
         for batch in self.checked_batches(self.stream):
-            yield self.batch_operation.apply_rows(batch, rows), batch.size
+            yield Product(partial(self.batch_operation.add_rows, batch), rows), batch.size
+
+    def _keeps_data(self) -> bool:
+        """Whether the data are kept on the device, by a pass over them if there was none.
+
+        The first product takes the route of all others, so that equal calls give equal bits.
+        """
+        if not (self._is_checked and self.stream.is_settled):
+            for _ in self.checked_batches(self.stream):
+                pass
+        return self.stream.is_cached
 
     def checked_batches(self, stream: BatchStream) -> Iterator[Batch]:
         """One pass over a stream of the operator's data; the first one checks every batch."""
@@ -181,7 +201,32 @@ class BatchOperator(TensorDictOperator):
         with self.processes.together():
             self.batch_operation.refresh()
         self._is_checked = False
+        self._forget_graphs()
         return self
+
+    def _linearized(self, memory: GraphMemory) -> Self:
+        operation = self.batch_operation
+        keeps_nothing = self._graphs is not None or self.stream.budget == 0
+        if keeps_nothing or not isinstance(operation, ModelBatchOperation):
+            return self
+        linearized = copy.copy(self)
+        linearized.batch_operation = operation.frozen()
+        linearized._graphs = RetainedGraphs(memory)
+        return linearized
+
+    def _in_precision(self, dtype: torch.dtype) -> TensorOperator:
+        if not isinstance(self.batch_operation, ModelBatchOperation):
+            return self
+        lower = copy.copy(self)
+        lower.batch_operation = LowerPrecisionBatchOperation(self.batch_operation, dtype)
+        lower._is_checked = False
+        lower._forget_graphs()
+        return lower
+
+    def _forget_graphs(self) -> None:
+        """For another matrix or another device than that of the graphs."""
+        if self._graphs is not None:
+            self._graphs = self._graphs.anew()
 
     @property
     def objective(self) -> Objective | None:
@@ -220,19 +265,28 @@ class BatchOperator(TensorDictOperator):
         fewer.batch_operation = operation.restricted(names)
         fewer._space = fewer.batch_operation.space
         fewer._input_size = fewer._space.size
+        fewer._forget_graphs()
         return fewer
 
     def _move(self, device: torch.device) -> Self:
         moved = self._copy_on(device)
         moved.batch_operation = self.batch_operation.to(device)
         moved.stream = self.stream.to(device)
+        moved._forget_graphs()
         return moved
 
     def _label(self) -> str:
         points = self.stream.num_points
         count = "points not yet counted" if points is None else f"{points} points"
         kept = ", kept on the device" if self.stream.is_cached else ""
-        return f"{type(self).__name__}({self._source()}, {count}{kept}, {self.averaging!r})"
+        retained = "" if self._graphs is None else f", {self._graphs.description}"
+        operation, lower = self.batch_operation, ""
+        if isinstance(operation, LowerPrecisionBatchOperation):
+            lower = f", products in {operation.product_dtype}"
+        return (
+            f"{type(self).__name__}({self._source()}, {count}{kept}{retained}, {self.averaging!r}"
+            f"{lower})"
+        )
 
     def _source(self) -> str:
         return type(self.batch_operation).__name__
@@ -373,6 +427,9 @@ class GaussNewtonOperator(CurvatureOperator):
 
     batch_operation_type = GaussNewtonBatchOperation
 
+    def _closed_form_inverse(self, shift: float) -> TensorOperator:
+        return sample_space_inverse(self, shift)
+
 
 class GeneralizedGaussNewtonOperator(CurvatureOperator):
     r"""The generalized Gauss-Newton matrix :math:`\frac1N \sum_i J_i^\top H_i J_i`.
@@ -397,6 +454,9 @@ class GeneralizedGaussNewtonOperator(CurvatureOperator):
     """
 
     batch_operation_type = GeneralizedGaussNewtonBatchOperation
+
+    def _closed_form_inverse(self, shift: float) -> TensorOperator:
+        return sample_space_inverse(self, shift)
 
 
 class InverseHarmonicMeanOperator(BatchOperator):

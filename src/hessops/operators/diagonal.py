@@ -18,7 +18,7 @@ from hessops.errors import (
     ShapeError,
     SingularOperatorError,
 )
-from hessops.operators.base import TensorOperator
+from hessops.operators.base import CompositeOperator, TensorOperator
 from hessops.space import ParameterSpace
 from hessops.validation import checked_floating
 
@@ -128,7 +128,7 @@ class DiagonalOperator(TensorOperator):
         return moved
 
 
-class BlockDiagonalOperator(TensorOperator):
+class BlockDiagonalOperator(CompositeOperator):
     r"""Operators along the diagonal, zero elsewhere.
 
     Without `space` the blocks follow one another in the flat vector. With it, each block acts on
@@ -208,15 +208,17 @@ class BlockDiagonalOperator(TensorOperator):
         placed._space = None if space is None else space.to(placed.device)
         return placed
 
-    def _move(self, device: torch.device) -> BlockDiagonalOperator:
-        blocks = [block.to(device) for block in self.blocks]
+    def _mapped(
+        self, function: Callable[[TensorOperator], TensorOperator]
+    ) -> BlockDiagonalOperator:
+        blocks = [function(block) for block in self.blocks]
         return BlockDiagonalOperator._at(blocks, self._positions, self.space)
 
     def _children(self) -> Sequence[TensorOperator]:
         return self.blocks
 
 
-class DiagonalBlock(TensorOperator):
+class DiagonalBlock(CompositeOperator):
     """The rows and columns of an operator at some positions; a product is one with all of it.
 
     Args:
@@ -258,11 +260,10 @@ class DiagonalBlock(TensorOperator):
         whole[:, self.positions] = rows
         return apply(whole)[:, self.positions]
 
-    def _move(self, device: torch.device) -> Self:
-        moved = self._copy_on(device)
-        moved.operator = self.operator.to(device)
-        moved.positions = self.positions.to(device)
-        return moved
+    def _mapped(self, function: Callable[[TensorOperator], TensorOperator]) -> DiagonalBlock:
+        operator = function(self.operator)
+        space = self._space_on(operator.device)
+        return DiagonalBlock(operator, self.positions.to(operator.device), space)
 
     def _children(self) -> Sequence[TensorOperator]:
         return (self.operator,)

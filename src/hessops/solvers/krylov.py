@@ -96,9 +96,12 @@ class KrylovOperator(InverseOperator):
 
     def fitted_preconditioner(self) -> TensorOperator | None:
         """The operator that preconditions; a `Preconditioner` is fitted once and kept."""
+        return self._fitted_to(self.operator)
+
+    def _fitted_to(self, operator: TensorOperator) -> TensorOperator | None:
         if isinstance(self.preconditioner, Preconditioner):
             if self._fitted is None:
-                self._fitted = self.preconditioner.fit(self.operator, self.regularization)
+                self._fitted = self.preconditioner.fit(operator, self.regularization)
                 _check_preconditioner(self._fitted, self.operator)
             return self._fitted
         return self.preconditioner
@@ -106,7 +109,9 @@ class KrylovOperator(InverseOperator):
     def _solve_rows(
         self, rhs: Tensor, start: Tensor | None = None, *, history: bool = False
     ) -> Solution:
-        preconditioner = self.fitted_preconditioner()
+        # One set of graphs serves the preconditioner and the solve.
+        operator = self.operator.linearize()
+        preconditioner = self._fitted_to(operator)
         problem = Problem.scaled(
             rhs,
             start,
@@ -117,7 +122,7 @@ class KrylovOperator(InverseOperator):
             keeps_history=history,
         )
         run = self._begin(problem)
-        system = self.system
+        system = operator.shift(self.regularization) if self.regularization else operator
         with tqdm(
             total=self.maxiter, desc=self._method(), leave=False, disable=not self.progress
         ) as bar:
