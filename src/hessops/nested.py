@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -49,6 +50,12 @@ def tensor_leaves(nested: object) -> Iterator[Tensor]:
     elif isinstance(nested, Mapping):
         for value in nested.values():
             yield from tensor_leaves(value)
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in `dtype` where it is real floating point of more bytes, else the tensor itself."""
+    is_wider = tensor.is_floating_point() and tensor.element_size() > dtype.itemsize
+    return tensor.to(dtype) if is_wider else tensor
 
 
 def plain_leaves(nested: object) -> Iterator[bool | int | float | complex | str | bytes]:

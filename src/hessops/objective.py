@@ -131,6 +131,18 @@ class Objective:
         moved._hold(self._snapshot.to(device))
         return moved
 
+    def in_precision(self, dtype: torch.dtype) -> Objective:
+        """The same objective with its values rounded to a lower dtype; it cannot be refreshed.
+
+        Batches are to come in that dtype, too.
+
+        Raises:
+            NonFiniteError: A parameter or buffer is beyond the range of `dtype`.
+        """
+        lower = copy.copy(self)
+        lower._hold(self._snapshot.in_precision(dtype))
+        return lower
+
     def kernels(self, *, any_order: bool = False) -> AbstractContextManager[None]:
         """A context in which every kernel of the model can be differentiated twice.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from torch.func import functional_call
 from hessops.errors import DtypeError, LossError, ModelError
 from hessops.hashing import hash_of_entries, mixed, plain_items, word_of_values
 from hessops.isolation import isolated, twice_differentiable_kernels
+from hessops.nested import rounded
 from hessops.point_loss import Loss
 from hessops.space import ParameterSpace, RestrictTo, require_finite
 
@@ -141,6 +143,38 @@ class ModelSnapshot:
         moved._hold(copy.deepcopy(self.module).to(device), loss)
         return moved
 
+    def in_precision(self, dtype: torch.dtype) -> ModelSnapshot:
+        """The same snapshot with its values rounded: parameters, buffers, and those of the loss.
+
+        Of the tensors, those that are real floating point and wider than `dtype` are; a constant
+        that the model holds as a plain attribute stays. It cannot be `refreshed`.
+
+        Args:
+            dtype: A lower one than that of the parameters.
+
+        Raises:
+            NonFiniteError: A parameter or buffer is beyond the range of `dtype`.
+
+        Example:
+            >>> import torch
+            >>> from hessops.snapshot import ModelSnapshot
+            >>> snapshot = ModelSnapshot(torch.nn.Linear(2, 1).double(), torch.nn.MSELoss())
+            >>> lower = snapshot.in_precision(torch.float32)
+            >>> lower.params["weight"].dtype, snapshot.params["weight"].dtype
+            (torch.float32, torch.float64)
+        """
+        lower = copy.copy(self)
+        lower.space = replace(self.space, dtype=dtype)
+        with isolated(self.space.device):
+            loss = copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
+            module = copy.deepcopy(self.module)
+            _round(module, dtype)
+            if isinstance(loss, nn.Module):
+                _round(loss, dtype)
+            require_finite(dict(module.named_parameters()), f"in {dtype}, parameter")
+        lower._hold(module, loss)
+        return lower
+
     def hash_of_values(self) -> int:
         """A 64-bit hash of all values, those of the loss too, computed once.
 
@@ -179,6 +213,15 @@ class ModelSnapshot:
         The forward may write to them.
         """
         return functional_call(self.module, dict(tensors), (x,))
+
+
+def _round(module: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds the parameters and buffers of a module in place; complex ones stay.
+
+    `nn.Module.to` would take the real part of a complex buffer, and widen narrow ones.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = rounded(tensor.data, dtype)
 
 
 def _without_counters(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
