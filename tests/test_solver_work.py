@@ -100,10 +100,11 @@ def test_a_preconditioner_that_writes_to_its_argument_is_refused(use_block_cg: b
 class Failing(MatrixOperator):
     """A matrix whose products with the second row of a stack are infinite from the third one on."""
 
-    fails, count = True, 0
+    fails, count, saw_finite = True, 0, True
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
         self.count += 1
+        self.saw_finite &= bool(rows.isfinite().all())
         result = super()._apply_rows(rows)
         if self.fails and self.count > 2:
             result[1, 3] = torch.inf
@@ -115,9 +116,9 @@ class Failing(MatrixOperator):
 def test_an_infinite_product_of_one_row_does_not_reach_the_others(method, preconditioned) -> None:
     matrix, rhs = random_spd(20, 1e3), normal(4, 20)
     nearby = torch.linalg.inv(matrix + 0.1 * torch.eye(20))
-    given = MatrixOperator((nearby + nearby.T) / 2) if preconditioned else None
-    fine, failing = Failing(matrix), Failing(matrix)
-    fine.fails = False
+    inverse, fine, failing = Failing((nearby + nearby.T) / 2), Failing(matrix), Failing(matrix)
+    inverse.fails = fine.fails = False
+    given = inverse if preconditioned else None
     expected = method(fine, preconditioner=given).solve(rhs)
     solution = method(failing, preconditioner=given).solve(rhs)
     others = [0, 2, 3]
@@ -125,3 +126,5 @@ def test_an_infinite_product_of_one_row_does_not_reach_the_others(method, precon
     assert bool(solution.value.isfinite().all())
     assert torch.equal(solution.value[others], expected.value[others])
     assert bool(expected.converged.all())
+    assert failing.saw_finite
+    assert inverse.saw_finite

@@ -77,7 +77,7 @@ class RowRun(Run):
         if bool(cold.any()):
             none_yet = torch.zeros_like(problem.rhs[:, :1]).expand_as(problem.rhs)
             self._step(none_yet, stepping=none, restarted=cold)
-        self._settle()
+        self._settle(none.any())
 
     @abstractmethod
     def _step(self, products: Tensor, *, stepping: Tensor, restarted: Tensor) -> None:
@@ -111,12 +111,18 @@ class RowRun(Run):
         finite = finite_rows(products)
         self.end(stepping & ~finite, SolveStatus.NON_FINITE)
         self._step(products, stepping=stepping & finite, restarted=restarted)
-        self._settle()
+        self._settle(~finite.all())
 
-    def _settle(self) -> None:
-        """Asks the device what is next, and clears the rows that have no next step."""
-        self.urgent = Phase(int(self.phase.amax()))
-        if self.urgent is not Phase.STEP:
+    def _settle(self, infinite: Tensor) -> None:
+        """Asks the device what is next, and clears the rows that have no next step.
+
+        `infinite` is whether any product was.
+        """
+        before = self.urgent
+        has_infinite, urgent = divmod(int(self.phase.amax() + len(Phase) * infinite), len(Phase))
+        self.urgent = Phase(urgent)
+        # A product may be infinite even of the zeros of what is done.
+        if has_infinite or Phase.VERIFY in (before, self.urgent):
             decided = ~self.outcomes.undecided.unsqueeze(1)
             self.direction.masked_fill_(decided, 0.0)
             self.residual.masked_fill_(decided, 0.0)
