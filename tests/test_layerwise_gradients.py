@@ -11,8 +11,9 @@ from reference import flat_gradient, trainable
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hessops import Objective
-from hessops.influence import GradientProvider
+from hessops import InverseHarmonicMeanOperator, Objective
+from hessops.functional import layers, layerwise
+from hessops.influence import GradientProvider, gradients
 
 N, CLASSES, VOCABULARY = 11, 3, 7
 
@@ -254,6 +255,117 @@ def test_as_many_layers_have_factors_as_apply_a_matrix(case: Case) -> None:
     given = setting(case)
     found = given.provider.by_layer(given.provider.batch(given.x, given.y))
     assert len(found.layers) == case.layers
+
+
+@pytest.mark.parametrize("vectors", [1, 6])
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_factors_of_a_layer_stand_for_its_gradients(
+    case: Case, in_pieces: bool, vectors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = setting(case)
+    if in_pieces:
+        monkeypatch.setattr(layers, "IMAGE_BYTES", 200)
+        monkeypatch.setattr(layers, "GRADIENT_BYTES", 700)
+    found = given.provider.by_layer(given.provider.batch(given.x, given.y))
+    for name, layer in found.layers.items():
+        rows, space = found.rows(name), layer.form.space
+        vector = torch.randn(vectors, space.size, dtype=torch.float64)
+        weights = torch.randn(vectors, N, dtype=torch.float64)
+        of_entries = layer.form.matrices(vector)
+        expected = (layer.form.matrices(rows).square() * of_entries[0]).sum(dim=(1, 2, 3))
+        sums = space.flatten(found.weighted_sum(name, weights))
+        assert torch.allclose(found.products(name, space.unflatten(vector)), vector @ rows.T)
+        assert torch.allclose(found.inner_products(name, of_entries), vector @ rows.T)
+        assert torch.allclose(sums, weights @ rows)
+        assert torch.allclose(found.norms()[name], rows.norm(dim=1))
+        assert torch.allclose(found.weighted_squares(name, of_entries[0]), expected)
+
+
+@pytest.mark.parametrize("moves", [0, 10**9])
+def test_products_are_the_same_by_either_way_for_other_parameters(
+    moves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "JACOBIAN_MOVES", moves)
+    given = setting(CASES["attention"])
+    provider, space = given.provider, given.provider.space
+    factors = torch.randn(3, space.size, dtype=torch.float64)
+    blocks = [space.subspace(space.names[::2]), space.subspace(space.names[1::2])]
+    products = provider.block_products(provider.batch(given.x, given.y), factors, blocks)
+    for block in blocks:
+        where = space.indices(block.names)
+        expected = factors[:, where] @ given.gradients[:, where].T
+        assert torch.allclose(products[block.names], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_points_are_verified_once_and_again_when_they_are_written_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given, probe, count = setting(CASES["perceptron"]), layerwise.Probe.of, []
+
+    def counted(*args: object, **keywords: object) -> layerwise.Probe:
+        count.append(1)
+        return probe(*args, **keywords)
+
+    monkeypatch.setattr(layerwise.Probe, "of", counted)
+    factors = torch.randn(2, given.gradients.shape[1], dtype=torch.float64)
+    first = given.provider.jacobian_prod(given.x, given.y, factors)
+    assert torch.equal(given.provider.jacobian_prod(given.x, given.y, factors), first)
+    assert len(count) == 1
+    given.x.mul_(2)
+    given.provider.jacobian_prod(given.x, given.y, factors)
+    assert len(count) == 2
+
+
+def sometimes_reused() -> nn.Module:
+    """Uses the weight of `first` a second time, for batches with a large entry only."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        hidden = torch.tanh(m.first(x))
+        if x.abs().amax() > 50:
+            hidden = hidden + torch.tanh(functional.linear(x, m.first.weight) / 50)
+        return m.last(hidden)
+
+    return Sum(forward, first=nn.Linear(4, 6), last=nn.Linear(6, CLASSES)).double()
+
+
+def test_a_layer_for_some_points_only_is_found_out_at_the_others() -> None:
+    torch.manual_seed(0)
+    model, y = sometimes_reused(), torch.randint(CLASSES, (N,))
+    x = torch.randn(N, 4, dtype=torch.float64)
+    loss, factors = nn.CrossEntropyLoss(), torch.randn(3, 51, dtype=torch.float64)
+    provider, far = GradientProvider(Objective(model, loss)), x.clone()
+    far += 100
+    for some in (x, far, x):
+        rows = torch.stack(
+            [
+                flat_gradient(loss(model(some[i : i + 1]), y[i : i + 1]), trainable(model))
+                for i in range(N)
+            ]
+        )
+        assert torch.allclose(provider.jacobian_prod(some, y, factors), factors @ rows.T)
+
+
+def harmonic_mean(gradients: Tensor, regularization: float) -> Tensor:
+    size = gradients.shape[1]
+    identity = regularization * torch.eye(size, dtype=torch.float64)
+    return torch.stack([torch.linalg.inv(torch.outer(g, g) + identity) for g in gradients]).mean(0)
+
+
+@pytest.mark.parametrize("name", ["tokens", "convolutions", "norms and loose parameters", "tied"])
+def test_inverse_harmonic_mean_from_factors_is_that_of_the_gradients(name: str) -> None:
+    given = setting(CASES[name])
+    objective = given.provider.objective
+    data = [(given.x[:6], given.y[:6]), (given.x[6:], given.y[6:])]
+    operator = InverseHarmonicMeanOperator(
+        objective.model, nn.CrossEntropyLoss(), data, 0.1, chunk_size=4
+    )
+    expected = harmonic_mean(given.gradients, 0.1)
+    vectors = torch.randn(3, operator.input_size, dtype=torch.float64)
+    for _ in range(2):  # at verified points too
+        products = operator.apply(vectors)
+        assert torch.allclose(products, vectors @ expected, rtol=1e-10, atol=1e-10)
+    mean = given.gradients.square().sum(dim=1).mean().item()
+    assert operator.mean_squared_gradient() == pytest.approx(mean, rel=1e-10)
 
 
 def test_no_factors_give_no_products() -> None:

@@ -131,7 +131,7 @@ class PerSampleGradients:
         Raises:
             ModelError: They do not add up either way.
         """
-        self._verified(objective, batch, keep=False)
+        self._verified(objective, batch, None)
 
     def verified(self, objective: Objective, batch: Batch) -> Tensor:
         """All of them, ``(n, P)``, after that comparison.
@@ -140,10 +140,18 @@ class PerSampleGradients:
             ModelError: As of `check`.
             NonFiniteProductError: NaN or infinity in a gradient.
         """
-        return torch.cat(self._verified(objective, batch, keep=True))
+        return torch.cat(self._verified(objective, batch, lambda rows: rows))
 
-    def _verified(self, objective: Objective, batch: Batch, *, keep: bool) -> list[Tensor]:
-        """The chunks, where they are to be kept, whose sum is the gradient of the batch."""
+    def images(
+        self, objective: Objective, batch: Batch, image: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """As `verified`, of each chunk ``(m, P)`` only what `image` makes of it, ``(m, ...)``."""
+        return torch.cat(self._verified(objective, batch, image))
+
+    def _verified(
+        self, objective: Objective, batch: Batch, image: Callable[[Tensor], Tensor] | None
+    ) -> list[Tensor]:
+        """Images of the chunks, whose sum is the gradient of the batch."""
         space = objective.space
         expected = space.flatten(mean_gradient(objective, objective.params, batch)) * batch.size
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(space.dtype, 5e-2)
@@ -153,7 +161,7 @@ class PerSampleGradients:
             for rows in self.chunks(objective, batch):
                 total += rows.sum(dim=0)
                 scale += rows.norm(dim=1).sum()
-                kept += [rows] if keep else []
+                kept += [] if image is None else [image(rows)]
             if (total - expected).norm() <= tolerance * scale:
                 return kept
             if not was_vectorized:

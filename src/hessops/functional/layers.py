@@ -5,20 +5,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hessops.functional.precision import safe_norms
 from hessops.space import ParameterSpace
 
 # Memory for the gradients of some points by one matrix in the eigenbasis.
 SQUARES_BYTES = 2**26
 # Columns of a Gram matrix that are computed at once.
 GRAM_BLOCK = 192
-# Memory for the images of inputs, or for the gradients of points, in inner products.
+# Memory for the gradients of points that a caller holds at once.
 PRODUCT_BYTES = 2**26
+# Memory for what is multiplied and summed at once in inner products and weighted sums: images of
+# inputs, weighted outputs. On a CPU it stays in the cache; elsewhere few large kernels are quicker.
+IMAGE_BYTES, IMAGE_BYTES_OF_DEVICES = 2**20, 2**26
+# Memory for the gradients of points in inner products and weighted sums.
+GRADIENT_BYTES = 2**24
+# What it takes to write and read one entry of a gradient of a point, in multiply-adds.
+GRADIENT_COST = 8
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -57,14 +66,15 @@ class MatrixForm:
     def matrices(self, rows: Tensor) -> Tensor:
         """Rows ``(k, P)`` as ``(k, groups, outputs, inputs)``."""
         parts = self.space.unflatten(rows)
-        weight = parts[self.weight]
-        if self.transposed:
-            weight = weight.mT
-        lead = (len(rows), self.groups, weight.shape[1] // self.groups)
-        matrices = weight.reshape(*lead, -1)
+        matrices = self.weights(parts[self.weight])
         if self.bias is None:
             return matrices
-        return torch.cat([matrices, parts[self.bias].reshape(*lead, 1)], dim=3)
+        return torch.cat([matrices, parts[self.bias].reshape(*matrices.shape[:3], 1)], dim=3)
+
+    def weights(self, stack: Tensor) -> Tensor:
+        """Weights ``(k, *shape)`` as ``(k, groups, outputs, inputs)``, without a bias."""
+        weight = stack.mT if self.transposed else stack
+        return weight.reshape(len(stack), self.groups, weight.shape[1] // self.groups, -1)
 
     def rows(self, matrices: Tensor) -> Tensor:
         """The inverse of `matrices`."""
@@ -90,9 +100,15 @@ class MatrixForm:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(groups, outputs, inputs) of the matrices."""
-        rows = torch.empty(1, self.space.size, device="meta")
-        _, groups, outputs, inputs = self.matrices(rows).shape
-        return groups, outputs, inputs
+        first, *others = self.weight_shape
+        if self.transposed:
+            return self.groups, prod(others), first
+        return self.groups, first // self.groups, prod(others) + (self.bias is not None)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of the weight."""
+        return self.space.shapes[self.weight]
 
     def to(self, device: torch.device) -> MatrixForm:
         """The same on another device."""
@@ -176,6 +192,28 @@ class MatrixLayer(ABC):
     def inner_products(self, matrices: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
         r"""Those with matrices ``(k, groups, outputs, inputs)``, ``(k, n)``."""
 
+    @abstractmethod
+    def products(self, parts: Mapping[str, Tensor], inputs: Tensor, outputs: Tensor) -> Tensor:
+        """As `inner_products`, with stacks ``{name: (k, *shape)}`` of some of the parameters."""
+
+    @abstractmethod
+    def weighted_sum(self, weights: Tensor, inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+        r""":math:`\sum_i w_{ji} \nabla\ell_i` for weights ``(k, n)``, ``{name: (k, *shape)}``."""
+
+    @abstractmethod
+    def weighted_squares(self, weights: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        r""":math:`\sum_{oi} w_{oi} (\sum_t b_{to} a_{ti})^2`, ``(n,)``.
+
+        Args:
+            weights: w, ``(groups, outputs, inputs)``.
+            inputs: a, in a basis of its own; see `turned`.
+            outputs: b of one column, in a basis of its own.
+        """
+
+    @abstractmethod
+    def norms(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        r"""Those of the gradients of points, ``(n,)``, with no square out of range."""
+
     def scale(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         r""":math:`\sum_t \lVert b_t\rVert \lVert a_t\rVert` of one column."""
         sizes: Tensor = outputs.norm(dim=-1).sum(dim=1) * inputs.norm(dim=-1)
@@ -205,13 +243,24 @@ class AffineLayer(MatrixLayer):
 
     def inputs(self, tensor: Tensor, size: int, dim: int) -> Tensor:
         """See `MatrixLayer.inputs`."""
-        rows = self._patches(tensor.movedim(dim, 0))
-        rows = rows.reshape(self.form.groups, size, -1, rows.shape[-1])
-        return rows if self.form.bias is None else functional.pad(rows, (0, 1), value=1.0)
+        patches = self._patches(tensor.movedim(dim, 0))
+        entries = patches.shape[-self._entry_dims :]
+        if self.form.bias is None:
+            return patches.reshape(self.form.groups, size, -1, entries.numel())
+        # Written once, beside the ones: patches overlap, so that they are larger than the input.
+        rows = patches.new_empty(*patches.shape[: -self._entry_dims], entries.numel() + 1)
+        rows[..., :-1].view(patches.shape).copy_(patches)
+        rows[..., -1] = 1.0
+        return rows.reshape(self.form.groups, size, -1, rows.shape[-1])
+
+    @property
+    def _entry_dims(self) -> int:
+        """The last dimensions of `_patches` that are those of one input of the matrix."""
+        return 1
 
     def _patches(self, tensor: Tensor) -> Tensor:
-        """An input ``(N, ...)`` as ``(groups, N, positions, inputs)``."""
-        return tensor.reshape(1, len(tensor), -1, tensor.shape[-1])
+        """An input ``(N, ...)`` as ``(groups, N, *positions, *inputs)``, a view if possible."""
+        return tensor.unsqueeze(0)
 
     def outputs(self, tensor: Tensor, size: int, dim: int) -> Tensor:
         """See `MatrixLayer.outputs`."""
@@ -237,26 +286,75 @@ class AffineLayer(MatrixLayer):
         return (outputs[:, 0].mT @ inputs).movedim(0, 1)
 
     def inner_products(self, matrices: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """See `MatrixLayer.inner_products`; a single position needs no gradients of points."""
-        k, size, itemsize = len(matrices), inputs.shape[1], inputs.element_size()
-        total = inputs.new_zeros(k, size)
-        if inputs.shape[2] == 1:
-            a, b = inputs[:, :, 0].mT, outputs[:, 0, :, 0].mT  # (groups, inputs or outputs, n)
-            width = b.shape[1]
-            some = max(1, PRODUCT_BYTES // (width * size * itemsize))
-            for group, (a_group, b_group) in enumerate(zip(a, b, strict=True)):
-                for start in range(0, k, some):
-                    part = matrices[start : start + some, group]
-                    images = (part.reshape(-1, part.shape[2]) @ a_group).reshape(-1, width, size)
-                    total[start : start + some] += (images * b_group).sum(dim=1)
-            return total
+        """See `MatrixLayer.inner_products`."""
+        if not _forms_gradients(len(matrices), inputs.shape[2]):
+            return _products_by_position(matrices, inputs, outputs[:, 0])
+        total = inputs.new_empty(inputs.shape[1], len(matrices))
         flat = matrices.flatten(1).T
-        some = max(1, PRODUCT_BYTES // (len(flat) * itemsize))
+        for points, rows in self._gradients_in_pieces(inputs, outputs):
+            torch.mm(rows, flat, out=total[points])
+        return total.T
+
+    def products(self, parts: Mapping[str, Tensor], inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.products`."""
+        total = inputs.new_zeros(len(next(iter(parts.values()))), inputs.shape[1])
+        if self.form.weight in parts:
+            weights = self.form.weights(parts[self.form.weight])
+            total = self.inner_products(weights, self._without_bias(inputs), outputs)
+        if self.form.bias is not None and self.form.bias in parts:
+            total = total + parts[self.form.bias] @ self._bias_gradients(outputs).T
+        return total
+
+    def weighted_sum(self, weights: Tensor, inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+        """See `MatrixLayer.weighted_sum`."""
+        form, k, some = self.form, len(weights), self._without_bias(inputs)
+        if not _forms_gradients(k, inputs.shape[2]):
+            total = _sums_by_position(weights, some, outputs[:, 0])
+        else:
+            total = inputs.new_zeros(k, form.weight_shape.numel())
+            for points, rows in self._gradients_in_pieces(some, outputs):
+                total.addmm_(weights[:, points], rows)
+        parts = {form.weight: total.reshape(k, *form.weight_shape)}
+        if form.bias is not None:
+            parts[form.bias] = weights @ self._bias_gradients(outputs)
+        return parts
+
+    def weighted_squares(self, weights: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.weighted_squares`; a single position needs no gradients of points."""
+        if inputs.shape[2] == 1:
+            return self.inner_products(weights.unsqueeze(0), inputs.square(), outputs.square())[0]
+        flat = weights.flatten()
+        pieces = self._gradients_in_pieces(inputs, outputs)
+        return torch.cat([rows.square() @ flat for _, rows in pieces])
+
+    def norms(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.norms`; a single position needs no gradients of points."""
+        if inputs.shape[2] == 1:
+            by_group = _norms_of_points(inputs[:, :, 0]) * _norms_of_points(outputs[:, 0, :, 0])
+            return safe_norms(by_group.T)
+        a, largest_a = _scaled_points(inputs)
+        b, largest_b = _scaled_points(outputs[:, 0])
+        norms = [rows.norm(dim=1) for _, rows in self._gradients_in_pieces(a, b.unsqueeze(1))]
+        return torch.cat(norms) * largest_a * largest_b
+
+    def _gradients_in_pieces(
+        self, inputs: Tensor, outputs: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The gradients of some points at a time, in a row for each."""
+        groups, size, _, width = inputs.shape
+        row_bytes = groups * outputs.shape[-1] * width * inputs.element_size()
+        some = max(1, GRADIENT_BYTES // row_bytes)
         for start in range(0, size, some):
             points = slice(start, start + some)
             rows = self.point_gradients(inputs[:, points], outputs[:, :, points])
-            total[:, points] = (rows.flatten(1) @ flat).T
-        return total
+            yield points, rows.flatten(1)
+
+    def _without_bias(self, inputs: Tensor) -> Tensor:
+        return inputs if self.form.bias is None else inputs[..., :-1]
+
+    def _bias_gradients(self, outputs: Tensor) -> Tensor:
+        """``(n, groups * outputs)``."""
+        return outputs[:, 0].sum(dim=2).movedim(0, 1).flatten(1)
 
     def add_squares(self, total: Tensor, inputs: Tensor, outputs: Tensor) -> None:
         """See `MatrixLayer.add_squares`; a single position needs no gradients of points."""
@@ -266,6 +364,89 @@ class AffineLayer(MatrixLayer):
         for some_a, some_b in _pieces(inputs, outputs, self.form.space.size):
             # (groups, k, n, outputs, inputs)
             total += (some_b.mT @ some_a.unsqueeze(1)).square_().sum(dim=(1, 2))
+
+
+def _forms_gradients(vectors: int, positions: int) -> bool:
+    """Whether products with the gradients of points are cheaper than products at every position.
+
+    In multiply-adds for each point and parameter, those take k T for T positions and k vectors. To
+    make the gradients takes T, by large matrices and so about twice as quick, to write and to read
+    them as much as `GRADIENT_COST`, and products with them k. On one core of a Xeon, in float32 and
+    for matrices of 64 x 65 to 512 x 65, both took equally long at (T, k) = (2, 16), (4, 4) and
+    (16, 1); of T = 64 positions the gradients were 1.4 to 12 times as quick for k = 1 to 16.
+    """
+    return vectors * positions > vectors + positions / 2 + GRADIENT_COST
+
+
+def _image_bytes(tensor: Tensor) -> int:
+    return IMAGE_BYTES if tensor.device.type == "cpu" else IMAGE_BYTES_OF_DEVICES
+
+
+def _products_by_position(matrices: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    r""":math:`\sum_t b_{it}^\top M_j a_{it}` as products of matrices and weighted sums, ``(k, n)``.
+
+    Args:
+        matrices: M, ``(k, groups, outputs, inputs)``.
+        a: ``(groups, n, positions, inputs)``.
+        b: ``(groups, n, positions, outputs)``.
+    """
+    if 2 * a.shape[3] < b.shape[3]:
+        matrices, a, b = matrices.mT, b, a  # images are made on the narrower side
+    k, width, (_, size, positions, _) = len(matrices), b.shape[3], a.shape
+    total = a.new_zeros(k, size * positions)
+    fitting = max(1, _image_bytes(a) // (width * a.element_size()))
+    columns = min(fitting, max(1, size * positions))
+    some = min(k, fitting // columns)
+    buffer = a.new_empty(some * width * columns)
+    for group in range(len(a)):
+        inputs = a[group].flatten(0, 1).T.contiguous()
+        outputs = b[group].flatten(0, 1).T.contiguous()
+        for first in range(0, size * positions, columns):
+            where = slice(first, first + columns)
+            x, weights = inputs[:, where], outputs[:, where]
+            for start in range(0, k, some):
+                part = matrices[start : start + some, group]
+                images = buffer[: len(part) * weights.numel()].view(len(part), *weights.shape)
+                torch.mm(part.reshape(-1, len(x)), x, out=images.view(-1, x.shape[1]))
+                total[start : start + some, where] += images.mul_(weights).sum(dim=1)
+    return total.view(k, size, positions).sum(dim=2) if positions > 1 else total
+
+
+def _sums_by_position(weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    r""":math:`\sum_{it} w_{ji} b_{it} a_{it}^\top`, ``(k, groups, outputs, inputs)``.
+
+    Args:
+        weights: w, ``(k, n)``.
+        a: ``(groups, n, positions, inputs)``.
+        b: ``(groups, n, positions, outputs)``.
+    """
+    k, (groups, _, positions, width) = len(weights), b.shape
+    total = a.new_zeros(k, groups, width, a.shape[3])
+    by_position = weights.repeat_interleave(positions, dim=1) if positions > 1 else weights
+    fitting = max(1, _image_bytes(a) // (width * a.element_size()))
+    columns = min(fitting, max(1, by_position.shape[1]))
+    some = min(k, fitting // columns)
+    for group in range(groups):
+        inputs, outputs = a[group].flatten(0, 1), b[group].flatten(0, 1).T.contiguous()
+        for start in range(0, k, some):
+            part = total[start : start + some, group]
+            for first in range(0, by_position.shape[1], columns):
+                where = slice(first, first + columns)
+                scaled = by_position[start : start + some, None, where] * outputs[:, where]
+                part += (scaled.flatten(0, 1) @ inputs[where]).view(part.shape)
+    return total
+
+
+def _norms_of_points(rows: Tensor) -> Tensor:
+    """Norms of rows ``(groups, n, width)``, ``(groups, n)``."""
+    return safe_norms(rows.flatten(0, 1)).view(rows.shape[:2])
+
+
+def _scaled_points(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``(groups, n, positions, width)`` divided by the largest entry of each point."""
+    largest = rows.abs().amax(dim=(0, 2, 3))
+    scales = torch.where(largest > 0, largest, 1.0)
+    return rows / scales[:, None, None], largest
 
 
 def turned(rows: Tensor, basis: Tensor | None) -> Tensor:
@@ -324,12 +505,15 @@ class ConvolutionLayer(AffineLayer):
         ):
             windows = tensor.unfold(2 + d, dilation * (kernel - 1) + 1, stride)
             tensor = windows[..., ::dilation]
-        n, dims = len(tensor), len(conv.kernel_size)
-        channels = tensor.shape[1] // conv.groups
-        grouped = tensor.reshape(n, conv.groups, channels, *tensor.shape[2:]).movedim(1, 0)
-        positions = grouped.movedim(2, 2 + dims)  # (groups, N, *positions, channels, *kernel)
-        inputs = channels * tensor.shape[2 + dims :].numel()
-        return positions.reshape(conv.groups, n, -1, inputs)
+        split = tensor.reshape(len(tensor), conv.groups, -1, *tensor.shape[2:])
+        grouped = split.movedim(1, 0)
+        # (groups, N, *positions, channels, *kernel)
+        return grouped.movedim(2, 2 + len(conv.kernel_size))
+
+    @property
+    def _entry_dims(self) -> int:
+        """As of `AffineLayer`: the channels and the kernel."""
+        return 1 + len(self._convolution.kernel_size)
 
     def _positions(self, tensor: Tensor) -> Tensor:
         channels = tensor.shape[1] // self.form.groups
@@ -405,16 +589,47 @@ class EmbeddingLayer(MatrixLayer):
             [(matrix[0].T[tokens] * gradients).sum(dim=(1, 2)) for matrix in matrices]
         )
 
-    def add_squares(self, total: Tensor, inputs: Tensor, outputs: Tensor) -> None:
-        """See `MatrixLayer.add_squares`; only the rows of the tokens that occur are made."""
-        _, width, vocabulary = self.form.shape
+    def products(self, parts: Mapping[str, Tensor], inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.products`."""
+        return self.inner_products(self.form.weights(parts[self.form.weight]), inputs, outputs)
+
+    def weighted_sum(self, weights: Tensor, inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+        """See `MatrixLayer.weighted_sum`."""
+        known = inputs >= 0
+        owners, tokens, gradients = known.nonzero()[:, 0], inputs[known], outputs[0, 0][known]
+        total = gradients.new_zeros(len(weights), *self.form.weight_shape)
+        for rows, row in zip(total, weights, strict=True):
+            rows.index_add_(0, tokens, row[owners].unsqueeze(1) * gradients)
+        return {self.form.weight: total}
+
+    def weighted_squares(self, weights: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.weighted_squares`; only the rows of tokens that occur are made."""
+        pairs, rows = self._rows_of_pairs(inputs, outputs[0, 0])
+        vocabulary = self.form.shape[2]
+        squares = (rows.square() * weights[0].T[pairs % vocabulary]).sum(dim=1)
+        return squares.new_zeros(len(inputs)).index_add_(0, pairs // vocabulary, squares)
+
+    def norms(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `MatrixLayer.norms`; only the rows of the tokens that occur are made."""
+        scaled, largest = _scaled_points(outputs[:, 0])
+        pairs, rows = self._rows_of_pairs(inputs, scaled[0])
+        squares = rows.square().sum(dim=1)
+        total = squares.new_zeros(len(inputs)).index_add_(0, pairs // self.form.shape[2], squares)
+        return total.sqrt() * largest
+
+    def _rows_of_pairs(self, inputs: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """The (point, token) that occur, as numbers, and the rows of their gradients."""
         known, keys = self._keys(inputs)
         pairs, where = torch.unique(keys, return_inverse=True)
+        rows = column.new_zeros(len(pairs), column.shape[-1])
+        return pairs, rows.index_add_(0, where, column.flatten(0, 1)[known])
+
+    def add_squares(self, total: Tensor, inputs: Tensor, outputs: Tensor) -> None:
+        """See `MatrixLayer.add_squares`; only the rows of the tokens that occur are made."""
         rows_of_tokens = total[0].mT
         for column in outputs[0]:
-            rows = column.new_zeros(len(pairs), width)
-            rows.index_add_(0, where, column.flatten(0, 1)[known])
-            rows_of_tokens.index_add_(0, pairs % vocabulary, rows.square_())
+            pairs, rows = self._rows_of_pairs(inputs, column)
+            rows_of_tokens.index_add_(0, pairs % self.form.shape[2], rows.square_())
 
 
 def matrix_layer(name: str, module: nn.Module, space: ParameterSpace) -> MatrixLayer | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from hessops.functional.capture import Call, CapturedRun
 from hessops.functional.layers import MatrixLayer, matrix_layer, turned
 from hessops.functional.products import Params
 from hessops.functional.roots import gradient_root
+from hessops.functional.seen import BatchMemory
 from hessops.objective import Objective
 from hessops.streaming import Batch
 
@@ -96,7 +97,9 @@ class MatrixLayers:
     On every batch it is verified that :math:`\sum_t b_t a_t^\top` is the gradient by a layer, for
     random weights of the outputs, and that each row of its output belongs to the point that it is
     attributed to (`Probe`). A layer that fails (its weight is used elsewhere too, it is called with
-    other arguments, a hook changes its output) is one no more.
+    other arguments, a hook changes its output) is one no more. What was found of a batch is
+    remembered as long as its tensors live and are not written to: at the same parameters the model
+    runs on it as before.
 
     Args:
         objective: Model and loss.
@@ -120,6 +123,7 @@ class MatrixLayers:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.layers: dict[str, MatrixLayer] = {}
+        self._known: BatchMemory[dict[str, list[int]]] = BatchMemory()
         for name, module in objective.model.named_modules():
             layer = matrix_layer(name, module, objective.space)
             if layer is not None:
@@ -136,10 +140,45 @@ class MatrixLayers:
         Args:
             probe: A run with the modules of the layers.
         """
-        found = {name: _dims(layer, probe) for name, layer in self.layers.items()}
-        dims = {name: some for name, some in found.items() if some is not None}
-        self.layers = {name: self.layers[name] for name in dims}
-        return dims
+        return {name: found.dims for name, found in self._located(probe).items()}
+
+    def _located(self, probe: Probe) -> dict[str, _Located]:
+        found = {name: _located(layer, probe) for name, layer in self.layers.items()}
+        located = {name: some for name, some in found.items() if some is not None}
+        self.layers = {name: self.layers[name] for name in located}
+        return located
+
+    def verified(
+        self, run: CapturedRun, batch: Batch
+    ) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+        """`dims` and `inputs`, verified unless the batch was before and not written to since.
+
+        Args:
+            run: A run on the batch, with the modules of the layers.
+            batch: n points.
+        """
+        dims = self._known.get(batch)
+        if dims is not None:
+            # Other batches may have shown since that a layer is none.
+            dims = {name: some for name, some in dims.items() if name in self.layers}
+            return dims, self.inputs(run, batch, dims)
+        probe = Probe.of(run, batch)
+        located = self._located(probe)
+        dims = {name: some.dims for name, some in located.items()}
+        self._known.keep(batch, dims)
+        if probe.points is not batch:
+            return dims, self.inputs(run, batch, dims)
+        inputs = {name: some.inputs for name, some in located.items()}
+        return dims, {name: a for name, a in inputs.items() if a is not None}
+
+    def verify(self, batch: Batch) -> None:
+        """Removes the layers that are none on a batch, unless it was verified before.
+
+        Args:
+            batch: n points.
+        """
+        if self.layers and self._known.get(batch) is None:
+            self.verified(CapturedRun(self.objective, batch, self.modules), batch)
 
     def remove(self, names: Iterable[str]) -> None:
         """Layers that are none, as is known from other points."""
@@ -171,7 +210,7 @@ class MatrixLayers:
                 for call, dim in zip(calls, dims[name], strict=True)
             ]
             if parts:
-                found[name] = torch.cat(parts, dim=layer.position_dim)
+                found[name] = _joined(parts, layer.position_dim)
         return found
 
     def outputs(
@@ -179,12 +218,12 @@ class MatrixLayers:
     ) -> dict[str, Tensor]:
         """Gradients by the outputs of the layers, those of several calls as positions."""
         return {
-            name: torch.cat(
+            name: _joined(
                 [
                     layer.outputs(gradient, batch.size, dim)
                     for gradient, dim in zip(gradients[name], dims[name], strict=True)
                 ],
-                dim=-2,
+                -2,
             )
             for name, layer in self.layers.items()
             if name in gradients
@@ -208,7 +247,7 @@ class PointGradients:
         >>> objective = Objective(torch.nn.Linear(3, 2), torch.nn.MSELoss())
         >>> batch = Batch.from_raw((torch.zeros(4, 3), torch.ones(4, 2)))
         >>> found = PointGradients.of(MatrixLayers(objective), batch)
-        >>> found.rows("").shape, found.products("", torch.ones(5, 8)).shape
+        >>> found.rows("").shape, found.products("", {"bias": torch.ones(5, 2)}).shape
         (torch.Size([4, 8]), torch.Size([5, 4]))
     """
 
@@ -219,14 +258,19 @@ class PointGradients:
 
     @classmethod
     def of(cls, matrices: MatrixLayers, batch: Batch) -> PointGradients:
-        """One run forward, and one pass backward after those that verify the layers."""
+        """One run forward and one pass backward, after those that verify the layers of new points.
+
+        Args:
+            matrices: The layers.
+            batch: n points.
+        """
         if not matrices.layers:
             return cls({}, {}, {}, batch.size)
         run = CapturedRun(matrices.objective, batch, matrices.modules)
-        dims = matrices.dims(Probe.of(run, batch))
+        dims, inputs = matrices.verified(run, batch)
         root = gradient_root(matrices.objective, run.output, batch)
         outputs = matrices.outputs(run.gradients(root.columns(0, 1)), batch, dims)
-        return cls(dict(matrices.layers), matrices.inputs(run, batch, dims), outputs, batch.size)
+        return cls(dict(matrices.layers), inputs, outputs, batch.size)
 
     def rows(self, name: str) -> Tensor:
         """The gradients by the parameters of a layer, ``(n, P_layer)``."""
@@ -242,12 +286,75 @@ class PointGradients:
         some = inputs[:, points] if layer.can_reduce else inputs[points]
         return layer.point_gradients(some, self.outputs[name][:, :, points])
 
-    def products(self, name: str, rows: Tensor) -> Tensor:
-        """Inner products of rows ``(m, P_layer)`` with the gradients by a layer, ``(m, n)``."""
-        return self.inner_products(name, self.layers[name].form.matrices(rows))
+    def some(self, points: slice) -> PointGradients:
+        """Those of some of the points."""
+        inputs = {
+            name: a[:, points] if self.layers[name].can_reduce else a[points]
+            for name, a in self.inputs.items()
+        }
+        outputs = {name: b[:, :, points] for name, b in self.outputs.items()}
+        return replace(self, inputs=inputs, outputs=outputs, size=len(range(self.size)[points]))
+
+    def to(self, dtype: torch.dtype) -> PointGradients:
+        """The same in another dtype."""
+        inputs = {n: a.to(dtype) if a.is_floating_point() else a for n, a in self.inputs.items()}
+        outputs = {name: b.to(dtype) for name, b in self.outputs.items()}
+        return replace(self, inputs=inputs, outputs=outputs)
+
+    def scaled(self, factors: Tensor) -> PointGradients:
+        r""":math:`c_i \nabla\ell_i` for factors c, ``(n,)``."""
+        outputs = {name: b * factors[:, None, None] for name, b in self.outputs.items()}
+        return replace(self, outputs=outputs)
+
+    def weighted_squares(self, name: str, weights: Tensor) -> Tensor:
+        """Weighted sums of the squared entries of the gradients by a layer, ``(n,)``.
+
+        Args:
+            name: The layer.
+            weights: ``(groups, outputs, inputs)``.
+        """
+        if name not in self.inputs:
+            return weights.new_zeros(self.size)
+        return self.layers[name].weighted_squares(weights, self.inputs[name], self.outputs[name])
+
+    def norms(self) -> dict[str, Tensor]:
+        """Norms of the gradients by each layer, name -> ``(n,)``, with no square out of range."""
+        return {
+            name: layer.norms(self.inputs[name], self.outputs[name])
+            if name in self.inputs
+            else torch.zeros(
+                self.size, dtype=layer.form.space.dtype, device=layer.form.space.device
+            )
+            for name, layer in self.layers.items()
+        }
+
+    def products(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """Inner products with the gradients by parameters of a layer, ``(k, n)``.
+
+        Args:
+            name: The layer.
+            parts: ``{name: (k, *shape)}`` of at least one of its parameters.
+        """
+        if name not in self.inputs:
+            some = next(iter(parts.values()))
+            return some.new_zeros(len(some), self.size)
+        return self.layers[name].products(parts, self.inputs[name], self.outputs[name])
+
+    def weighted_sum(self, name: str, weights: Tensor) -> dict[str, Tensor]:
+        r""":math:`\sum_i w_{ji} \nabla\ell_i` by a layer, ``{name: (k, *shape)}``.
+
+        Args:
+            name: The layer.
+            weights: w, ``(k, n)``.
+        """
+        layer = self.layers[name]
+        if name not in self.inputs:
+            shapes = layer.form.space.shapes
+            return {key: weights.new_zeros(len(weights), *shape) for key, shape in shapes.items()}
+        return layer.weighted_sum(weights, self.inputs[name], self.outputs[name])
 
     def inner_products(self, name: str, matrices: Tensor) -> Tensor:
-        """As `products`, with matrices ``(m, groups, outputs, inputs)``."""
+        """Inner products with matrices ``(m, groups, outputs, inputs)``, ``(m, n)``."""
         if name not in self.inputs:
             return matrices.new_zeros(len(matrices), self.size)
         layer = self.layers[name]
@@ -266,8 +373,21 @@ class PointGradients:
         return PointGradients(layers, inputs, outputs, self.size)
 
 
-def _dims(layer: MatrixLayer, probe: Probe) -> list[int] | None:
-    """Where the points lie in each call of a layer; ``None`` where it is none."""
+@dataclass(frozen=True)
+class _Located:
+    """Where the points lie in each call of a layer, and its inputs if there was a call."""
+
+    dims: list[int]
+    inputs: Tensor | None
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """What several calls have, one after the other; that of a single call is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
+def _located(layer: MatrixLayer, probe: Probe) -> _Located | None:
+    """What is known of the calls of a layer; ``None`` where it is none."""
     form, size = layer.form, probe.points.size
     calls: Sequence[Call | None] = probe.run.calls.get(layer.name, [])
     known = [call for call in calls if call is not None]
@@ -276,7 +396,7 @@ def _dims(layer: MatrixLayer, probe: Probe) -> list[int] | None:
     if not known:
         by_parameter = probe.expected or {}
         has_gradient = any(g.any() for name, g in by_parameter.items() if name in form.space.shapes)
-        return None if has_gradient else []
+        return None if has_gradient else _Located([], None)
     dims, inputs, outputs = [], [], []
     gradients = zip(probe.first[layer.name], probe.second[layer.name], strict=True)
     for call, (first, second) in zip(known, gradients, strict=True):
@@ -291,11 +411,11 @@ def _dims(layer: MatrixLayer, probe: Probe) -> list[int] | None:
                 break
         else:
             return None
+    a, b = _joined(inputs, layer.position_dim), _joined(outputs, -2)
     if probe.expected is None:
-        return dims
-    a, b = torch.cat(inputs, dim=layer.position_dim), torch.cat(outputs, dim=-2)
+        return _Located(dims, a)
     generator = torch.Generator().manual_seed(size)
     drawn = torch.randn(form.shape[2], generator=generator, dtype=torch.float64).to(b)
     total = layer.gradient_times(drawn, a, b)
     wanted = form.times(probe.expected, drawn)
-    return dims if probe.agrees(total, wanted, layer.scale(a, b)) else None
+    return _Located(dims, a) if probe.agrees(total, wanted, layer.scale(a, b)) else None
