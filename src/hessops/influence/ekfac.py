@@ -221,19 +221,42 @@ class EkfacInfluence(InfluenceFunctionModel):
         with isolated(self.fitted.space.device):
             return found.rotated(bases)
 
-    def _other_factors(self, batch: Batch, layers: Container[str]) -> dict[str, Tensor]:
-        """The factors of points by all other blocks, ``(n, P_block)``."""
+    def _other_gradients(self, batch: Batch, layers: Container[str]) -> dict[str, Tensor]:
+        """The gradients of points by all other blocks, ``(n, P_block)``."""
         spaces = {n: b.space for n, b in self.fitted.blocks.items() if n not in layers}
         if not spaces:
             return {}
         names = [name for space in spaces.values() for name in space.names]
         parts = self.fitted.provider.rows_by(batch, names)
         return {
-            name: self.inverses[name].apply(
-                torch.cat([parts[key].flatten(1) for key in space.names], dim=1)
-            )
+            name: torch.cat([parts[key].flatten(1) for key in space.names], dim=1)
             for name, space in spaces.items()
         }
+
+    def _other_factors(self, batch: Batch, layers: Container[str]) -> dict[str, Tensor]:
+        """The factors of points by all other blocks, ``(n, P_block)``."""
+        rows = self._other_gradients(batch, layers)
+        return {name: self.inverses[name].apply(part) for name, part in rows.items()}
+
+    def self_influence(self, x: object, y: object) -> Tensor:
+        """As of `InfluenceFunctionModel`, without the gradients of points by the layers."""
+        return torch.stack([*self.self_influence_by_block(x, y).values()]).sum(dim=0)
+
+    def self_influence_by_block(self, x: object, y: object) -> dict[str, Tensor]:
+        """As of `InfluenceFunctionModel`: in the eigenbases it is a sum of weighted squares."""
+        fitted = self.fitted
+        with self.inverse.processes.together():
+            batch = fitted.provider.batch(x, y)
+        gradients = self._in_eigenbases(batch)
+        scores = {}
+        with isolated(fitted.space.device):
+            for name in gradients.layers:
+                inverse = self._kronecker_inverse(name)
+                eigenvalues = inverse.eigenvalues.reshape(inverse.form.shape)
+                scores[name] = finite(gradients.weighted_squares(name, eigenvalues))
+        for name, rows in self._other_gradients(batch, gradients.layers).items():
+            scores[name] = (self.inverses[name].apply(rows) * rows).sum(dim=1)
+        return {name: scores[name] for name in fitted.blocks}
 
     def _kronecker_inverse(self, name: str) -> KroneckerOperator:
         inverse = self.inverses[name]
