@@ -5,8 +5,9 @@ round begins with another one than the last. What is reported are medians over t
 within a round, so that a machine that is busy for a while is so for both sides of a ratio.
 
 Who may choose between settings, a batch size, say, is tried with each of them and goes into the
-rounds with the fastest one whose answer is right. Whoever is so slow that a round would take more
-than `Effort.patience` is measured in fewer of them; the first call then counts as one.
+rounds with the fastest one whose answer is right. Who has taken more than `Effort.patience` is
+measured in fewer rounds, but in `FEWEST_ROUNDS`; of a call that takes more than `BELIEVED` seconds
+the first counts as one of them.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ HERE = Path(__file__).parent
 OURS = "hessops"
 # A quantity that is repeated takes at least so long, or the clock decides.
 LEAST_SECONDS = 0.02
-# Calls of whoever is measured that are taken at their word before a median is believed.
-FEWEST_ROUNDS = 2
+# Rounds of the slowest, and seconds from which a call is slow.
+FEWEST_ROUNDS, BELIEVED = 2, 2.0
 
 Call = Callable[[], object]
 
@@ -48,8 +49,8 @@ class Effort:
         quick: Whether this is a short form, whose numbers are worth little.
     """
 
-    rounds: int = 7
-    patience: float = 3.0
+    rounds: int = 5
+    patience: float = 1.5
     quick: bool = False
 
 
@@ -137,6 +138,7 @@ class _Ready:
     call: Call
     first: float
     measurement: Measurement
+    calls: int
     spent: float = 0.0
 
 
@@ -216,8 +218,9 @@ class Comparison:
     def _try(self, contender: Contender, way: Way) -> _Ready:
         start = time.perf_counter()
         call = way.prepare()
+        prepared = time.perf_counter()
         answer = call()
-        until_first = time.perf_counter() - start
+        end = time.perf_counter()
         measurement = Measurement(contender.label, contender.library, way.setting)
         error = contender.error or self.error
         if error is not None:
@@ -227,10 +230,10 @@ class Comparison:
         if self.notes is not None:
             measurement.notes = self.notes(answer)
         del answer
-        # Whoever is slow is believed the first time.
-        first = until_first if until_first > self.effort.patience else seconds(call)
-        measurement.set_up = max(0.0, until_first - first) / self.one_unit
-        return _Ready(call, first, measurement)
+        first = end - prepared if end - prepared > BELIEVED else seconds(call)
+        measurement.set_up = max(0.0, end - start - first) / self.one_unit
+        calls = max(1, min(self.calls, round(BELIEVED / first)))
+        return _Ready(call, first, measurement, calls)
 
     # --- rounds --------------------------------------------------------------------------
 
@@ -246,16 +249,15 @@ class Comparison:
 
     def _round(self, one: _Ready, index: int) -> None:
         found = one.measurement
-        slow = one.first * self.calls > self.effort.patience
-        if index == 0 and slow:
+        if index == 0 and one.first > BELIEVED:
             # The call that chose the setting was such a round, but for the unit beside it.
             spent, unit = one.first, self.one_unit
         elif index >= FEWEST_ROUNDS and one.spent > self.effort.patience:
             return
         else:
             unit = seconds(self.unit, self.unit_calls)
-            spent = seconds(one.call, self.calls)
-        one.spent += spent * self.calls
+            spent = seconds(one.call, one.calls)
+        one.spent += spent * one.calls
         found.every.append(spent / unit / self.parts)
         times = found.notes.setdefault("seconds", [])
         assert isinstance(times, list)
@@ -284,8 +286,13 @@ def number(value: float) -> str:
     if value != value:
         return "–"
     if value >= 99.5:
-        return f"{value:,.0f}".replace(",", " ")
+        return grouped(round(value))
     return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def grouped(value: int) -> str:
+    """Thousands apart."""
+    return f"{value:,}".replace(",", " ")
 
 
 def cpu_model() -> str:
@@ -359,7 +366,16 @@ class Report:
             error: What the error is.
             notes: Which of the notes are columns.
         """
-        header = ["", "seconds", unit, error, *notes, f"time / {OURS}", "rounds", "setting"]
+        header = [
+            "",
+            "seconds",
+            unit,
+            error,
+            *notes,
+            f"time / fastest of {OURS}",
+            "rounds",
+            "setting",
+        ]
         rows = []
         for one in found:
             if one.failure:
@@ -374,7 +390,13 @@ class Report:
         self.table(title, header, rows)
 
 
-def run(family: str, title: str, description: str, measure: Callable[[Report], None]) -> None:
+def run(
+    family: str,
+    title: str,
+    description: str,
+    measure: Callable[[Report], None],
+    patience: float = Effort.patience,
+) -> None:
     """The program of a family: measures, and writes JSON and the page.
 
     Args:
@@ -382,18 +404,18 @@ def run(family: str, title: str, description: str, measure: Callable[[Report], N
         title: The heading on the page.
         description: What is measured and what the columns mean, Markdown.
         measure: Fills a report.
+        patience: See `Effort`.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--quick", action="store_true", help="a short form that only shows it runs")
-    parser.add_argument("--rounds", type=int, help="most rounds")
+    parser.add_argument("--rounds", type=int, help=f"most rounds, default {Effort.rounds}")
     parser.add_argument("--threads", type=int, help="of torch, for everyone; default torch's own")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     _peers.prepare()
-    effort = Effort(rounds=1, patience=0.5, quick=True) if arguments.quick else Effort()
-    if arguments.rounds:
-        effort = Effort(arguments.rounds, effort.patience, effort.quick)
+    rounds = arguments.rounds or (1 if arguments.quick else Effort.rounds)
+    effort = Effort(rounds, patience, arguments.quick)
     start, report = time.perf_counter(), Report(effort)
     measure(report)
     spent = time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 What is measured, and what the tables show, is in `DESCRIPTION`.
 
-    python benchmarks/kronecker.py [--quick] [--rounds 7] [--threads 2]
+    python benchmarks/kronecker.py [--quick] [--rounds 5] [--threads 2]
 
 The other libraries are in the dependency group `benchmarks`. `kronecker_stages.py` compares
 `hessops` and kronfluence in more depth, stage by stage, in time and in memory.
@@ -178,4 +178,4 @@ def measure(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    run("kronecker", "EKFAC influences", DESCRIPTION, measure)
+    run("kronecker", "EKFAC influences", DESCRIPTION, measure, patience=5.0)

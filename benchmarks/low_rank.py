@@ -2,7 +2,7 @@
 
 What is measured, and what the tables show, is in `DESCRIPTION`.
 
-    python benchmarks/low_rank.py [--quick] [--rounds 7] [--threads 2]
+    python benchmarks/low_rank.py [--quick] [--rounds 5] [--threads 2]
 
 The other libraries are in the dependency group `benchmarks`.
 """
@@ -161,4 +161,4 @@ def measure(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    run("low_rank", "Eigenpairs and sketches", DESCRIPTION, measure)
+    run("low_rank", "Eigenpairs and sketches", DESCRIPTION, measure, patience=5.0)

@@ -1,6 +1,6 @@
 """Products with the Hessian, the GGN, the empirical Gauss-Newton matrix and the harmonic mean.
 
-python benchmarks/products.py [--quick] [--rounds 7] [--threads 2]
+python benchmarks/products.py [--quick] [--rounds 5] [--threads 2]
 """
 
 from __future__ import annotations
@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 
 from _cases import DIGITS, LOSS, RECIPES, WIDE, Batch, Case, case
-from _harness import OURS, Call, Comparison, Contender, Measurement, Report, Way, number, run
+from _harness import (
+    OURS,
+    Call,
+    Comparison,
+    Contender,
+    Measurement,
+    Report,
+    Way,
+    grouped,
+    number,
+    run,
+)
 from _peers import (
     CURVLINOPS,
     DATTRI,
@@ -38,13 +49,13 @@ from hessops import (
 from hessops.operators.curvature import CurvatureOperator
 
 DESCRIPTION = """\
-Gradients **per vector** of a product with one, 8 and 32 vectors. *Fixed θ* is what a solver does:
-successive products at the same parameters, by `operator.linearize()` of `hessops` and `hvp_at_x`
-of dattri, which keep the graph of the gradient; what that takes before the first product is the
-set-up, in gradients. *Plain* products keep nothing, and pyDVL and curvlinops have no other.
-Products with one vector are measured eight in a row against eight gradients. An answer is wrong
-if its relative error against the same product in float64 is above 1e-3; the harmonic mean has
-λ = 0.1."""
+Gradients **per vector** of products with one vector and with stacks of them. *Fixed θ* is what a
+solver does: successive products at the same parameters, by `operator.linearize()` of `hessops` and
+`hvp_at_x` of dattri, which keep the graph of the gradient; what that takes before the first product
+is the set-up, in gradients. *Plain* products keep nothing, and pyDVL and curvlinops have no other.
+Products with one vector are measured in a row, eight of the networks of {full} and two of the
+others, against as many gradients. An answer is wrong if its relative error against the same product
+in float64 is above {accepted:g}; the harmonic mean has λ = {regularization}."""
 
 MATRICES: dict[str, type[CurvatureOperator]] = {
     HESSIAN: HessianOperator,
@@ -53,8 +64,10 @@ MATRICES: dict[str, type[CurvatureOperator]] = {
 }
 # The largest relative error of a right product in float32.
 ACCEPTED = 1e-3
-# Products in a row are counted in vectors: eight of one vector, one of eight or more.
-RUN = 8
+# Numbers of vectors where there are more than two.
+COUNTS = {DIGITS: (1, 8, 32), WIDE: (1, 8, 32)}
+# Products in a row are counted in vectors, and there are fewer for larger cases.
+RUN, SHORT_RUN = 8, 2
 # What a peer may use for the gradients of the points of a batch.
 GRADIENT_BYTES = 2**31
 PLAIN, FIXED = "plain", "fixed θ"
@@ -77,9 +90,8 @@ def quantities(name: str, *, quick: bool) -> list[Quantity]:
     """All of them for the two cases that are compared in full."""
     if quick:
         return [Quantity(matrix, k) for matrix in (*MATRICES, HARMONIC) for k in (1, 8)]
-    counts = (1, 8, 32) if name in (DIGITS, WIDE) else (1, 8)
-    found = [Quantity(matrix, k) for matrix in MATRICES for k in counts]
-    if name in (DIGITS, WIDE):
+    found = [Quantity(matrix, k) for matrix in MATRICES for k in COUNTS.get(name, (1, 4))]
+    if name in COUNTS:
         found += [Quantity(HARMONIC, k) for k in (1, 32)]
     return found
 
@@ -157,7 +169,7 @@ def measure_case(report: Report, data: Case) -> list[tuple[Quantity, list[Measur
             report.effort,
             error=lambda answer, right=expected[matrix]: relative_error(answer[0], right),
             accepted=ACCEPTED,
-            calls=max(1, RUN // count),
+            calls=max(1, (RUN if data.name in COUNTS else SHORT_RUN) // count),
             parts=count,
         )
         measured = comparison.measure(contenders(matrix, data, vectors))
@@ -167,8 +179,10 @@ def measure_case(report: Report, data: Case) -> list[tuple[Quantity, list[Measur
 
 
 def tabulate(report: Report, data: Case, found: list[tuple[Quantity, list[Measurement]]]) -> None:
-    size = f"{data.size:,}".replace(",", " ")
-    title = f"{data.name}: {size} parameters, {len(data)} points, batches of {data.batch_size}"
+    title = (
+        f"{data.name}: {grouped(data.size)} parameters, {len(data)} points, "
+        f"batches of {data.batch_size}"
+    )
     names = list(dict.fromkeys(m.label for _, group in found for m in group))
     rows = []
     for quantity, group in found:
@@ -200,4 +214,7 @@ def measure(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    run("products", "Products", DESCRIPTION, measure)
+    described = DESCRIPTION.format(
+        full=" and ".join(COUNTS), accepted=ACCEPTED, regularization=REGULARIZATION
+    )
+    run("products", "Products", described, measure)

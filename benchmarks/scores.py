@@ -2,7 +2,7 @@
 
 What is measured, and what the tables show, is in `DESCRIPTION`.
 
-    python benchmarks/scores.py [--quick] [--rounds 7] [--threads 2]
+    python benchmarks/scores.py [--quick] [--rounds 5] [--threads 2]
 
 The other libraries are in the dependency group `benchmarks`.
 """

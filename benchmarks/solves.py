@@ -2,7 +2,7 @@
 
 What is measured, and what the tables show, is in `DESCRIPTION`.
 
-    python benchmarks/solves.py [--quick] [--rounds 7] [--threads 2]
+    python benchmarks/solves.py [--quick] [--rounds 5] [--threads 2]
 
 The other libraries are in the dependency group `benchmarks`.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from _cases import DIGITS, LOSS, Batch, Case, case, gradients, train
-from _harness import OURS, Call, Comparison, Contender, Report, Way, run
+from _harness import OURS, Call, Comparison, Contender, Report, Way, grouped, run
 from _peers import (
     CURVLINOPS,
     DATTRI,
@@ -257,11 +257,11 @@ def measure(report: Report) -> None:
         measured = comparison.measure(contenders(system))
         report.add(measured, matrix=system.matrix, points=len(system.data))
         title = (
-            f"{system.matrix} + {DAMPING} I: {system.data.size:,} parameters, "
+            f"{system.matrix} + {DAMPING} I: {grouped(system.data.size)} parameters, "
             f"{len(system.data)} points, {len(system.rhs)} right-hand sides"
         )
         report.detail(title, measured, error="true residual")
 
 
 if __name__ == "__main__":
-    run("solves", "Solves", DESCRIPTION, measure)
+    run("solves", "Solves", DESCRIPTION, measure, patience=10.0)
