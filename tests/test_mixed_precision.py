@@ -457,3 +457,20 @@ def test_refresh_reaches_both_operators() -> None:
     expected = IterativeRefinementOperator(again, regularization=1.0, rtol=1e-8).solve(rhs)
     assert torch.equal(fresh.value, expected.value)
     assert relative_error(fresh.value, before) > 1e-3
+
+
+def test_a_module_with_two_names_is_rounded_after_a_product_too() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3).double()
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).tanh())
+
+    operator = HessianOperator(Twice(), nn.CrossEntropyLoss(), in_batches(*points()))
+    vector = normal(operator.input_size)
+    product = operator.apply(vector)
+    assert relative_error(operator.in_precision(SINGLE).apply(vector), product) < 1e-5
+    assert operator.to("meta").apply(vector).is_meta

@@ -136,6 +136,10 @@ class UncoveredParametersWarning(HessopsWarning):
     """Trainable parameters belong to no block of an influence model."""
 
 
+class CompileWarning(HessopsWarning):
+    """A product could not be compiled; it is computed without, with the same result."""
+
+
 class DistributedError(HessopsError, RuntimeError):
     """Processes that work on one sum are not in step, or one of them is gone."""
 

@@ -125,6 +125,12 @@ class Objective:
         fewer._hold(self._snapshot.restricted(names))
         return fewer
 
+    def at(self, params: Mapping[str, Tensor]) -> Objective:
+        """The same objective with other values of the parameters of `space`; it cannot be moved."""
+        other = copy.copy(self)
+        other._hold(self._snapshot.at(params))
+        return other
+
     def to(self, device: torch.device | str) -> Objective:
         """The same objective, values included, on another device."""
         moved = copy.copy(self)

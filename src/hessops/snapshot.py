@@ -105,6 +105,7 @@ class ModelSnapshot:
         self.params = {name: every[name] for name in self.space.names}
         self.frozen = {name: p for name, p in every.items() if name not in self.params}
         self.buffers = {name: b.detach() for name, b in module.named_buffers()}
+        self._tied = _other_places(module)
         self._hash: int | None = None
         self._has_rnn = any(isinstance(m, nn.RNNBase) for m in module.modules())
         # The parametrization's class is private to torch.
@@ -132,6 +133,13 @@ class ModelSnapshot:
         fewer.space = self.space.subspace(names)
         fewer._hold(self.module, self.loss)
         return fewer
+
+    def at(self, params: Mapping[str, Tensor]) -> ModelSnapshot:
+        """The same snapshot with other values of the parameters of `space`, not copied."""
+        other = copy.copy(self)
+        other.params = dict(params)
+        other._hash = None
+        return other
 
     def to(self, device: torch.device | str) -> ModelSnapshot:
         """The same snapshot, values included, on another device."""
@@ -212,7 +220,25 @@ class ModelSnapshot:
 
         The forward may write to them.
         """
-        return functional_call(self.module, dict(tensors), (x,))
+        tied = {other: tensors[name] for other, name in self._tied.items() if name in tensors}
+        return functional_call(self.module, {**tensors, **tied}, (x,), tie_weights=False)
+
+
+def _other_places(module: nn.Module) -> dict[str, str]:
+    """Where else in a module a tied tensor is, and under which name it was before.
+
+    A module that has several names holds its tensors in one place. With ``tie_weights=True``,
+    `torch.func.functional_call` would replace them there once for each name, and not find the way
+    back: the module would be left without parameters.
+    """
+    first: dict[int, str] = {}
+    others = {}
+    for prefix, part in module.named_modules():
+        for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+            name = f"{prefix}.{key}" if prefix else key
+            if tensor is not None and first.setdefault(id(tensor), name) != name:
+                others[name] = first[id(tensor)]
+    return others
 
 
 def _round(module: nn.Module, dtype: torch.dtype) -> None:

@@ -16,8 +16,9 @@ from hessops.batch.operation import AddRows, BatchOperation
 from hessops.errors import ArgumentError, ForwardModeError
 from hessops.functional.checks import require_forward_agreement, require_symmetry
 from hessops.functional.columns import columns_that_fit, in_column_chunks
+from hessops.functional.compiled import CompiledProducts
 from hessops.functional.memory import GraphSize, GraphSizes
-from hessops.functional.products import LinearFunction, Stack, StackedGradient
+from hessops.functional.products import LinearFunction, Params, Stack, StackedGradient
 from hessops.objective import Objective
 from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
@@ -43,9 +44,12 @@ class ModelBatchOperation(BatchOperation):
             with reverse mode on every batch of the first pass.
         chunk_size: Vectors that share one vectorised backward pass; ``None`` decides by a model of
             bytes, see `hessops.functional.columns.columns_that_fit`.
+        compile: Compiles products by `torch.compile` where that works, and warns (`CompileWarning`)
+            where it does not; what is linearized is not compiled. See
+            `hessops.functional.compiled.CompiledProducts`.
 
     Raises:
-        ArgumentError: An unknown `mode`, or `chunk_size` below 1.
+        ArgumentError: An unknown `mode`, `chunk_size` below 1, or `compile` in forward mode.
         HessopsError: Whatever `Objective` raises.
     """
 
@@ -62,9 +66,12 @@ class ModelBatchOperation(BatchOperation):
         reduction: Reduction = "mean",
         mode: Mode = "rev-rev",
         chunk_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ArgumentError(f"mode must be one of {MODES}, got {mode!r}")
+        if compile and mode == "rev-fwd":
+            raise ArgumentError("compile=True is for mode='rev-rev' only, got mode='rev-fwd'")
         if chunk_size is not None:
             checked_count(chunk_size, "chunk_size")
         self.objective = Objective(model, loss, restrict_to, reduction=reduction)
@@ -77,6 +84,7 @@ class ModelBatchOperation(BatchOperation):
         self.chunk_size = chunk_size
         self._stacked_gradient = StackedGradient()
         self._graph_sizes = GraphSizes()
+        self._compiled = CompiledProducts(type(self).__name__) if compile else None
         self._symmetry_is_checked = self.symmetric_by_construction
 
     @abstractmethod
@@ -87,15 +95,34 @@ class ModelBatchOperation(BatchOperation):
         with self._differentiating():
             if self.mode == "rev-fwd":
                 return self._forward_product(batch, tensors)
-            return self._reverse_product(batch, tensors)
+            if self._compiled is None:
+                return self._reverse_product(batch, tensors)
+            linear = self._linear_once(batch)
+            return in_column_chunks(linear, tensors, self._columns_of(batch, tensors))
 
     def _differentiating(self) -> AbstractContextManager[None]:
         return self.objective.differentiating(type(self).__name__)
 
     def _reverse_product(self, batch: Batch, tensors: Stack) -> Stack:
-        count = len(next(iter(tensors.values())))
-        columns = 1 if count == 1 else self._columns(batch)
+        columns = self._columns_of(batch, tensors)
         return in_column_chunks(self._reverse_linear(batch), tensors, columns)
+
+    def _columns_of(self, batch: Batch, tensors: Stack) -> int:
+        return 1 if len(next(iter(tensors.values()))) == 1 else self._columns(batch)
+
+    def _linear_once(self, batch: Batch) -> LinearFunction:
+        """The map for a single product, compiled where that was asked for."""
+        if self._compiled is None or self.space.device.type == "meta":
+            return self._reverse_linear(batch)
+        return partial(self._compiled, self._flat_product, self.objective.params, batch)
+
+    def _flat_product(self, params: Params, batch: Batch, tensors: Stack) -> Stack:
+        """The product as a function of the parameters, to be traced."""
+        traced = copy.copy(self)
+        traced.objective = self.objective.at(params)
+        # What cannot be vectorised in a trace may well be outside.
+        traced._stacked_gradient = StackedGradient(vectorize=self._stacked_gradient.vectorize)
+        return traced._linearize(batch, forward_mode=False)(tensors)
 
     def _reverse_linear(self, batch: Batch) -> LinearFunction:
         return self._linearize(batch, forward_mode=False)
@@ -142,7 +169,7 @@ class ModelBatchOperation(BatchOperation):
             return
         columns = 1 if len(rows) == 1 else self._columns(batch)
         with self._differentiating():
-            self._add_columns(self._reverse_linear(batch), columns, rows, total, weight)
+            self._add_columns(self._linear_once(batch), columns, rows, total, weight)
 
     def _add_columns(
         self, linear: LinearFunction, columns: int, rows: Tensor, total: Tensor, weight: float
@@ -210,6 +237,7 @@ class ModelBatchOperation(BatchOperation):
         fewer.objective = self.objective.restricted(names)
         fewer.space = fewer.objective.space
         fewer._stacked_gradient, fewer._graph_sizes = StackedGradient(), GraphSizes()
+        fewer._forget_compiled()
         return fewer
 
     def frozen(self) -> Self:
@@ -221,10 +249,17 @@ class ModelBatchOperation(BatchOperation):
     def _move_parts(self, device: torch.device) -> None:
         self.objective = self.objective.to(device)
         self._stacked_gradient = StackedGradient()
+        self._forget_compiled()
+
+    def _forget_compiled(self) -> None:
+        """For another model or device: what is no parameter is a constant of what is compiled."""
+        if self._compiled is not None:
+            self._compiled = self._compiled.anew()
 
     def refresh(self) -> Self:
         """Takes a new copy of the model as it is now, in place; returns itself."""
         self.objective.refresh()
+        self._forget_compiled()
         self._symmetry_is_checked = self.symmetric_by_construction
         return self
 

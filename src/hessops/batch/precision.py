@@ -93,6 +93,7 @@ class LowerPrecisionBatchOperation(ModelBatchOperation):
         self.mode = operation.mode
         self.chunk_size = operation.chunk_size
         self._graph_sizes = GraphSizes()
+        self._compiled = None
         # The check of the rounded operation is the one that looks at symmetry.
         self._symmetry_is_checked = True
         self._hold(operation.frozen())

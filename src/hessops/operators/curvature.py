@@ -344,6 +344,8 @@ class CurvatureOperator(BatchOperator):
         chunk_size: Vectors that share one vectorised backward pass; ``None`` bounds their memory.
         progress: Shows a progress bar over the batches of each application.
         unpack: Function from a raw batch to ``(x, y)``; ``None`` expects pairs.
+        compile: Compiles products by `torch.compile` where that works, and warns (`CompileWarning`)
+            where it does not; see `ModelBatchOperation`. The numbers stay the same up to rounding.
 
     Raises:
         HessopsError: On construction and in the first pass; see `Objective` and `BatchStream`.
@@ -365,10 +367,17 @@ class CurvatureOperator(BatchOperator):
         chunk_size: int | None = None,
         progress: bool = False,
         unpack: Unpack | None = None,
+        compile: bool = False,
     ) -> None:
         with _in_step(averaging):
             operation = self.batch_operation_type(
-                model, loss, restrict_to, reduction=reduction, mode=mode, chunk_size=chunk_size
+                model,
+                loss,
+                restrict_to,
+                reduction=reduction,
+                mode=mode,
+                chunk_size=chunk_size,
+                compile=compile,
             )
             self._join(operation, dataloader, averaging, cache, progress, unpack)
 
