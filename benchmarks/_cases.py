@@ -169,18 +169,19 @@ class Recipe:
     digits: bool = False
 
 
+# The largest have few points, in one batch, so that a product takes a fraction of a second.
 RECIPES: dict[str, Recipe] = {
     "MLP, 26k": Recipe(
         lambda: perceptron(64, 128, 128, CLASSES), (64,), TRAINING_POINTS, 350, digits=True
     ),
     "MLP, 670k": Recipe(lambda: perceptron(784, 512, 512, CLASSES), (784,), 2048, 512),
-    "MLP, 5M": Recipe(lambda: perceptron(784, 2048, 1664, CLASSES), (784,), 128, 32),
+    "MLP, 5M": Recipe(lambda: perceptron(784, 2048, 1664, CLASSES), (784,), 128, 128),
     "convolutional, 26k": Recipe(small_convolutional, (1, 8, 8), 700, 175, digits=True),
     "convolutional, 670k": Recipe(lambda: convolutional(32, 276), (3, 32, 32), 128, 32),
-    "convolutional, 5M": Recipe(lambda: convolutional(64, 1136), (3, 32, 32), 32, 16),
+    "convolutional, 5M": Recipe(lambda: convolutional(64, 1136), (3, 32, 32), 32, 32),
     "transformer, 26k": Recipe(lambda: Encoder(8, 8, 32, 2), (8, 8), 350, 175, digits=True),
     "transformer, 670k": Recipe(lambda: Encoder(32, 16, 136, 3), (16, 32), 32, 16),
-    "transformer, 5M": Recipe(lambda: Encoder(32, 16, 320, 4), (16, 32), 16, 8),
+    "transformer, 5M": Recipe(lambda: Encoder(32, 16, 320, 4), (16, 32), 16, 16),
 }
 DIGITS, WIDE = "MLP, 26k", "MLP, 670k"
 

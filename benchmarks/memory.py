@@ -210,7 +210,7 @@ def main() -> None:
         answer(Probe(**json.loads(sys.argv[2])))
         return
     mebibytes = 4 * case(WIDE).size / 2**20
-    run("memory", "Memory", DESCRIPTION.format(vector=mebibytes), measure)
+    run("memory", "Memory", DESCRIPTION.format(vector=mebibytes), measure, patience=5.0)
 
 
 if __name__ == "__main__":
