@@ -67,6 +67,7 @@ from hessops.operators import (
     LowRankOperator,
     LowRankProductOperator,
     MatrixOperator,
+    SampleSpaceInverse,
     Solution,
     SolveStatus,
     TensorDictOperator,
@@ -82,7 +83,13 @@ from hessops.preconditioners import (
     NystroemPreconditioner,
     Preconditioner,
 )
-from hessops.solvers import CgOperator, KrylovOperator, LissaOperator, MinresOperator
+from hessops.solvers import (
+    CgOperator,
+    IterativeRefinementOperator,
+    KrylovOperator,
+    LissaOperator,
+    MinresOperator,
+)
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch, BatchStream
 
@@ -119,6 +126,7 @@ __all__ = [
     "InverseHarmonicMeanBatchOperation",
     "InverseHarmonicMeanOperator",
     "InverseOperator",
+    "IterativeRefinementOperator",
     "JacobiPreConditioner",
     "JacobiPreconditioner",
     "KfacInverse",
@@ -137,6 +145,7 @@ __all__ = [
     "ParameterSpace",
     "PointAveraging",
     "Preconditioner",
+    "SampleSpaceInverse",
     "Solution",
     "SolveStatus",
     "TensorDictOperator",

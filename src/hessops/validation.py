@@ -53,9 +53,24 @@ def checked_rows(
     rows = tensor.detach().to(device)
     if rows.is_inference():
         rows = rows.clone()
-    if not rows.is_meta and not rows.isfinite().all():
+    if not is_finite(rows):
         raise NonFiniteError(f"{name} holds NaN or infinite values")
     return rows if rows.ndim == 2 else rows.unsqueeze(0)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; yes on the meta device, where there are none.
+
+    Example:
+        >>> import torch
+        >>> from hessops.validation import is_finite
+        >>> is_finite(torch.tensor([1.0, torch.nan])), is_finite(torch.full((2,), 3e38))
+        (False, True)
+    """
+    # A sum is quick; only where it overflows it says nothing of the entries.
+    if tensor.is_meta or bool(tensor.sum().isfinite()):
+        return True
+    return bool(tensor.isfinite().all())
 
 
 def checked_number(
@@ -150,6 +165,6 @@ def checked_floating(tensor: object, name: str, *, ndim: int) -> Tensor:
         raise ShapeError(f"{name} must have {ndim} dimension(s), got shape {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         raise DtypeError(f"{name} must be real floating point, got {tensor.dtype}")
-    if not tensor.is_meta and not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise NonFiniteError(f"{name} holds NaN or infinite values")
     return tensor

@@ -30,7 +30,7 @@ from hessops.nested import tensor_leaves
 from hessops.objective import Objective
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch
-from hessops.validation import checked_rows
+from hessops.validation import checked_rows, is_finite
 
 # What products by Jacobians and by gradients of points move, in units of the bytes that the graph
 # retains, and of those of the gradients. For 16 factors and 256 points on one core, products took
@@ -491,8 +491,7 @@ def finite(result: Tensor) -> Tensor:
     Raises:
         NonFiniteProductError: It holds NaN or infinity.
     """
-    # A sum is quick, and only where it overflows it says nothing of the entries.
-    if not result.sum().isfinite() and not result.isfinite().all():
+    if not is_finite(result):
         raise NonFiniteProductError(
             "a derivative of a point's loss is NaN or infinite; check the scale of parameters and "
             f"data, or use a wider dtype than {result.dtype}"

@@ -29,6 +29,7 @@ from hessops.operators.inverse import ClosedFormInverse, DirectInverse, InverseO
 from hessops.operators.kronecker import EkfacOperator, KfacOperator
 from hessops.operators.kronecker_file import load_factors
 from hessops.operators.low_rank import LowRankOperator, LowRankProductOperator
+from hessops.operators.sample_space import SampleSpaceInverse
 from hessops.operators.solution import Solution, SolveStatus
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "LowRankOperator",
     "LowRankProductOperator",
     "MatrixOperator",
+    "SampleSpaceInverse",
     "ScaledOperator",
     "ShiftedOperator",
     "Solution",

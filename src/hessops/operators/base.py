@@ -31,6 +31,7 @@ from hessops.validation import (
     checked_count,
     checked_number,
     checked_rows,
+    is_finite,
     resolved_device,
 )
 
@@ -229,7 +230,7 @@ class TensorOperator(ABC):
         with isolated(self.device):
             rows = checked_rows(tensor, self.input_size, self.dtype, self.device)
             result = self._product(rows)
-        if not result.is_meta and not result.isfinite().all():
+        if not is_finite(result):
             raise NonFiniteProductError(
                 f"{type(self).__name__}: the product is NaN or infinite for finite vectors; check "
                 f"the scale of parameters and data, or use a wider dtype than {self.dtype}"

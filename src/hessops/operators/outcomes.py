@@ -21,6 +21,9 @@ CURVATURE_NOISE = 100
 # The true residual is measured at least this often, so that a drift is seen, and a good iterate is
 # kept, long before the recurrence meets a tolerance that the precision does not allow.
 CHECK_FACTOR = 0.01
+# A reduction by eps^0.6 (7e-5 in float32, 4e-10 in float64) is well within the precision, so that
+# nothing is measured on the way to it.
+SAFE_EXPONENT = 0.6
 # And after so many steps, so that a recurrence that falls no further is compared with the truth.
 CHECK_INTERVAL = 100
 # A true residual above twice that of the recurrence ends the trust in the recurrence.
@@ -289,9 +292,11 @@ class Run(ABC):
 def following_check(norms: Tensor, tolerances: Tensor) -> Tensor:
     """The residual norms of the recurrence at which the true ones are measured next.
 
-    Once in a hundredfold reduction, then at the tolerance, then at each halving.
+    At the tolerance, where that is well within the precision, or else once in a hundredfold
+    reduction on the way to it; then at each halving.
     """
     target = CANDIDATE_FACTOR * tolerances
+    is_near = target >= torch.finfo(norms.dtype).eps ** SAFE_EXPONENT * norms
     return torch.where(
-        CHECK_FACTOR * norms > target, CHECK_FACTOR * norms, target.minimum(norms / 2)
+        is_near | (CHECK_FACTOR * norms <= target), target.minimum(norms / 2), CHECK_FACTOR * norms
     )

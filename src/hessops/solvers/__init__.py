@@ -4,5 +4,12 @@ from hessops.solvers.conjugate_gradient import CgOperator
 from hessops.solvers.krylov import KrylovOperator
 from hessops.solvers.lissa import LissaOperator
 from hessops.solvers.minres import MinresOperator
+from hessops.solvers.refinement import IterativeRefinementOperator
 
-__all__ = ["CgOperator", "KrylovOperator", "LissaOperator", "MinresOperator"]
+__all__ = [
+    "CgOperator",
+    "IterativeRefinementOperator",
+    "KrylovOperator",
+    "LissaOperator",
+    "MinresOperator",
+]

@@ -26,10 +26,10 @@ class CgOperator(KrylovOperator):
     .. math:: \lVert b - (A + \lambda I) x\rVert
               \le \max(\mathrm{rtol}\,\lVert b\rVert, \mathrm{atol})
 
-    on the *true* residual: it is measured after each hundredfold reduction of the residual of the
-    recurrence and where that meets the tolerance; when the recurrence has drifted, the method
-    restarts from the true residual. Negative curvature, a NaN, and a residual that no longer falls
-    are recognised and reported; see `SolveStatus`.
+    on the *true* residual: it is measured where the residual of the recurrence meets the tolerance,
+    and on the way there if the tolerance is near the precision of the dtype; when the recurrence
+    has drifted, the method restarts from the true residual. Negative curvature, a NaN, and a
+    residual that no longer falls are recognised and reported; see `SolveStatus`.
 
     By default each right-hand side is on its own, and the others do not change its iterates by a
     bit. With ``use_block_cg=True`` they share one Krylov space (O'Leary 1980), which takes fewer
