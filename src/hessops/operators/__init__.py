@@ -7,7 +7,7 @@ from hessops.operators.algebra import (
     SumOperator,
     TransposedOperator,
 )
-from hessops.operators.base import TensorDictOperator, TensorOperator
+from hessops.operators.base import CompositeOperator, TensorDictOperator, TensorOperator
 from hessops.operators.curvature import (
     BatchOperator,
     CurvatureOperator,
@@ -38,6 +38,7 @@ __all__ = [
     "BlockEigenOperator",
     "ClosedFormInverse",
     "ComposedOperator",
+    "CompositeOperator",
     "CurvatureOperator",
     "Damping",
     "DiagonalOperator",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from hessops.errors import DeviceError, DtypeError, ShapeError, SingularOperatorError
@@ -119,10 +120,10 @@ class ShiftedOperator(CompositeOperator):
         )
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
-        return self.operator._product(rows) + self.shift_value * rows
+        return torch.add(self.operator._product(rows), rows, alpha=self.shift_value)
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
-        return self.operator._adjoint_product(rows) + self.shift_value * rows
+        return torch.add(self.operator._adjoint_product(rows), rows, alpha=self.shift_value)
 
     def _identity_factor(self) -> float | None:
         inner = self.operator._identity_factor()

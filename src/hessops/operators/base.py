@@ -544,7 +544,27 @@ class TensorOperator(ABC):
 
 
 class CompositeOperator(TensorOperator):
-    """An operator made of others; abstract. A subclass defines `_mapped`."""
+    """An operator made of others; abstract.
+
+    A subclass defines the product and ``_mapped(function)``, the same operator made of what a
+    function makes of its parts. `to`, `linearize` and `in_precision` follow.
+
+    Example:
+        >>> import torch
+        >>> from hessops import CompositeOperator, DiagonalOperator
+        >>> class Squared(CompositeOperator):
+        ...     def __init__(self, operator):
+        ...         super().__init__(operator.input_size, operator.dtype, operator.device)
+        ...         self.operator = operator
+        ...
+        ...     def _apply_rows(self, rows):
+        ...         return self.operator.apply(self.operator.apply(rows))
+        ...
+        ...     def _mapped(self, function):
+        ...         return Squared(function(self.operator))
+        >>> Squared(DiagonalOperator(torch.tensor([2.0, 3.0]))).linearize().apply(torch.ones(2))
+        tensor([4., 9.])
+    """
 
     @abstractmethod
     def _mapped(self, function: Callable[[TensorOperator], TensorOperator]) -> TensorOperator:

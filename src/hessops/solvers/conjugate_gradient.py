@@ -71,7 +71,7 @@ class CgOperator(KrylovOperator):
         >>> from hessops import CgOperator, MatrixOperator
         >>> A = MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))
         >>> solution = CgOperator(A).solve(torch.tensor([3.0, 3.0], dtype=torch.float64))
-        >>> solution.value, solution.status[0] == "converged"
+        >>> solution.value.round(decimals=6), solution.status[0] == "converged"
         (tensor([1., 1.], dtype=torch.float64), True)
         >>> block = CgOperator(A, use_block_cg=True).solve(torch.eye(2, dtype=torch.float64))
         >>> block.converged, block.num_applications
