@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,6 +74,29 @@ def client() -> Iterator[Client]:
         Client(cluster) as client,
     ):
         yield client
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_on_its_way(request: pytest.FixtureRequest) -> None:
+    """Keys of one test are forgotten before the next.
+
+    Tests share points and so the keys of their chunks. What is computed anew while it is being
+    released may wait for ever (dask issue 9888).
+    """
+    if "client" not in request.fixturenames:
+        return
+    client: Client = request.getfixturevalue("client")
+    gc.collect()
+    before, deadline = None, time.monotonic() + 5
+    while (states := client.run_on_scheduler(_states)) != before or states.keys() - {"memory"}:
+        before = states
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.01)
+
+
+def _states(dask_scheduler) -> Counter[str]:
+    return Counter(task.state for task in dask_scheduler.tasks.values())
 
 
 def calculator_of(client: Client, model: object) -> DaskInfluenceCalculator:
