@@ -95,20 +95,20 @@ class ModelBatchOperation(BatchOperation):
         with self._differentiating():
             if self.mode == "rev-fwd":
                 return self._forward_product(batch, tensors)
-            if self._compiled is None:
-                return self._reverse_product(batch, tensors)
-            linear = self._linear_once(batch)
-            return in_column_chunks(linear, tensors, self._columns_of(batch, tensors))
+            return self._in_chunks(self._linear_once(batch), batch, tensors)
 
     def _differentiating(self) -> AbstractContextManager[None]:
         return self.objective.differentiating(type(self).__name__)
 
     def _reverse_product(self, batch: Batch, tensors: Stack) -> Stack:
-        columns = self._columns_of(batch, tensors)
-        return in_column_chunks(self._reverse_linear(batch), tensors, columns)
+        return self._in_chunks(self._reverse_linear(batch), batch, tensors)
 
-    def _columns_of(self, batch: Batch, tensors: Stack) -> int:
-        return 1 if len(next(iter(tensors.values()))) == 1 else self._columns(batch)
+    def _in_chunks(self, linear: LinearFunction, batch: Batch, tensors: Stack) -> Stack:
+        columns = self._columns_of(batch, len(next(iter(tensors.values()))))
+        return in_column_chunks(linear, tensors, columns)
+
+    def _columns_of(self, batch: Batch, count: int) -> int:
+        return 1 if count == 1 else self._columns(batch)
 
     def _linear_once(self, batch: Batch) -> LinearFunction:
         """The map for a single product, compiled where that was asked for."""
@@ -167,7 +167,7 @@ class ModelBatchOperation(BatchOperation):
         if self.mode == "rev-fwd" or len(rows) == 0 or batch.size == 0:
             super().add_rows(batch, rows, total, weight)
             return
-        columns = 1 if len(rows) == 1 else self._columns(batch)
+        columns = self._columns_of(batch, len(rows))
         with self._differentiating():
             self._add_columns(self._linear_once(batch), columns, rows, total, weight)
 

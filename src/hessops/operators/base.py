@@ -23,7 +23,7 @@ from hessops.errors import (
 )
 from hessops.interop.scipy import as_linear_operator
 from hessops.isolation import isolated
-from hessops.operators.linearized import GraphMemory
+from hessops.operators.linearized import GraphMemory, Linearization
 from hessops.processes import ONE_PROCESS, Processes
 from hessops.space import ParameterSpace
 from hessops.validation import (
@@ -161,7 +161,7 @@ class TensorOperator(ABC):
         """The operators that this one is made of, for `refresh` and the printed tree."""
         return ()
 
-    def _linearized(self, memory: GraphMemory) -> TensorOperator:
+    def _linearized(self, call: Linearization[TensorOperator]) -> TensorOperator:
         """The hook for `linearize`: the same operator with what speeds up its products."""
         return self
 
@@ -427,7 +427,7 @@ class TensorOperator(ABC):
             True
         """
         limit = None if max_bytes is None else checked_count(max_bytes, "max_bytes", minimum=0)
-        return self._linearized(GraphMemory(limit))
+        return self._linearized(Linearization(GraphMemory(limit)))
 
     def in_precision(self, dtype: torch.dtype) -> TensorOperator:
         r"""The same operator with its products computed in a lower precision.
@@ -573,8 +573,8 @@ class CompositeOperator(TensorOperator):
     def _move(self, device: torch.device) -> TensorOperator:
         return self._mapped(lambda part: part.to(device))
 
-    def _linearized(self, memory: GraphMemory) -> TensorOperator:
-        return self._mapped(memory.once(lambda part: part._linearized(memory)))
+    def _linearized(self, call: Linearization[TensorOperator]) -> TensorOperator:
+        return self._mapped(lambda part: call.once(part, lambda: part._linearized(call)))
 
     def _in_precision(self, dtype: torch.dtype) -> TensorOperator:
         # Once for a part that occurs twice, as in A @ A.

@@ -26,7 +26,7 @@ from hessops.hashing import hash_of_entries, word_of_values
 from hessops.isolation import isolated
 from hessops.objective import Objective
 from hessops.operators.base import TensorDictOperator, TensorOperator
-from hessops.operators.linearized import GraphMemory, Product, RetainedGraphs
+from hessops.operators.linearized import Linearization, Product, RetainedGraphs
 from hessops.operators.sample_space import sample_space_inverse
 from hessops.point_loss import Loss, Reduction
 from hessops.processes import ONE_PROCESS, Processes, Same
@@ -204,14 +204,14 @@ class BatchOperator(TensorDictOperator):
         self._forget_graphs()
         return self
 
-    def _linearized(self, memory: GraphMemory) -> Self:
+    def _linearized(self, call: Linearization[TensorOperator]) -> Self:
         operation = self.batch_operation
         keeps_nothing = self._graphs is not None or self.stream.budget == 0
         if keeps_nothing or not isinstance(operation, ModelBatchOperation):
             return self
         linearized = copy.copy(self)
         linearized.batch_operation = operation.frozen()
-        linearized._graphs = RetainedGraphs(memory)
+        linearized._graphs = RetainedGraphs(call.memory)
         return linearized
 
     def _in_precision(self, dtype: torch.dtype) -> TensorOperator:

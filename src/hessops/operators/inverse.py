@@ -30,7 +30,7 @@ from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.outcomes import Outcomes, Problem
 from hessops.operators.solution import Solution, SolveStatus
-from hessops.validation import checked_regularization, checked_rows
+from hessops.validation import checked_number, checked_regularization, checked_rows
 
 logger = logging.getLogger("hessops")
 
@@ -47,6 +47,15 @@ _DEFAULT_RTOL = {torch.float64: 1e-7, torch.float32: 1e-4}
 def default_rtol(dtype: torch.dtype) -> float:
     """The relative tolerance that a solve in this dtype can be expected to meet."""
     return _DEFAULT_RTOL.get(dtype, 5e-2)
+
+
+def checked_rtol(rtol: float | None, dtype: torch.dtype) -> float:
+    """A relative tolerance >= 0; ``None`` is that of `default_rtol`.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: Not a number, or negative.
+    """
+    return default_rtol(dtype) if rtol is None else checked_number(rtol, "rtol", minimum=0)
 
 
 class InverseOperator(TensorOperator):
@@ -115,7 +124,7 @@ class InverseOperator(TensorOperator):
     @property
     def system(self) -> TensorOperator:
         """A + λI, the operator that is inverted."""
-        return self.operator.shift(self.regularization) if self.regularization else self.operator
+        return self.operator.shift(self.regularization)
 
     def solve(self, rhs: Tensor, x0: Tensor | None = None, *, history: bool = False) -> Solution:
         """Solves (A + λI) x = b for one right-hand side ``(n,)``, or the rows of ``(k, n)``.

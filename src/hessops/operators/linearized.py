@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,23 +35,34 @@ class GraphMemory:
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.used = 0
-        self._made: dict[int, tuple[object, object]] = {}
+
+    def __reduce__(self) -> tuple[type[Self], tuple[int | None]]:
+        """Copies and pickles start empty; parts that share a budget share that of the copy."""
+        return type(self), (self.limit,)
 
     def allows(self, num_bytes: int, data_budget: float) -> bool:
         """Whether some bytes more would fit; `data_budget` is what the data of a part may take."""
         limit = min(GRAPH_BYTES, data_budget) if self.limit is None else self.limit
         return self.used + num_bytes <= limit
 
-    def once(self, function: Callable[[_Part], _Part]) -> Callable[[_Part], _Part]:
-        """The function, which maps a part that occurs twice (as in A @ A) once."""
 
-        def mapped(part: _Part) -> _Part:
-            if id(part) not in self._made:
-                # Beside its result the part itself, whose id would else be free for another.
-                self._made[id(part)] = (part, function(part))
-            return self._made[id(part)][1]  # type: ignore[return-value]  # of the same type
+class Linearization(Generic[_Part]):
+    """One call of `linearize`: what the parts share, for as long as it takes.
 
-        return mapped
+    Args:
+        memory: The memory of all graphs.
+    """
+
+    def __init__(self, memory: GraphMemory) -> None:
+        self.memory = memory
+        # Beside a result the part itself, whose id would else be free for another.
+        self._made: dict[int, tuple[_Part, _Part]] = {}
+
+    def once(self, part: _Part, linearize: Callable[[], _Part]) -> _Part:
+        """What a part becomes; one that occurs twice (as in A @ A) is linearized once."""
+        if id(part) not in self._made:
+            self._made[id(part)] = (part, linearize())
+        return self._made[id(part)][1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,17 +110,13 @@ class RetainedGraphs:
         """Gives the memory back to what shares it."""
         self.memory.used -= self._reserved
 
-    def __deepcopy__(self, memo: object) -> Self:
-        """Without graphs, which cannot be copied."""
-        return self.anew()
-
     def __reduce__(self) -> tuple[type[Self], tuple[GraphMemory]]:
-        """Without graphs, which cannot be pickled."""
-        return type(self), (GraphMemory(self.memory.limit),)
+        """Without graphs, which can neither be copied nor pickled."""
+        return type(self), (self.memory,)
 
     def anew(self) -> Self:
-        """The same settings, with nothing retained."""
-        return type(self)(GraphMemory(self.memory.limit))
+        """Nothing retained yet, in the same memory."""
+        return type(self)(self.memory)
 
     @property
     def description(self) -> str:

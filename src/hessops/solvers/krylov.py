@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from hessops.errors import ArgumentTypeError, StructureError
 from hessops.operators.algebra import require_compatible
 from hessops.operators.base import TensorOperator
-from hessops.operators.inverse import DirectInverse, InverseOperator, default_rtol
+from hessops.operators.inverse import DirectInverse, InverseOperator, checked_rtol
 from hessops.operators.outcomes import CountedMap, Problem, Run
 from hessops.operators.solution import Solution
 from hessops.preconditioners import Preconditioner
@@ -64,11 +64,7 @@ class KrylovOperator(InverseOperator):
         super().__init__(operator, regularization, warn_on_max_iteration=warn_on_max_iteration)
         require_single_or_double(operator.dtype, "operator", self._method())
         self._refuse_unsuitable()
-        self.rtol = (
-            default_rtol(operator.dtype)
-            if rtol is None
-            else checked_number(rtol, "rtol", minimum=0)
-        )
+        self.rtol = checked_rtol(rtol, operator.dtype)
         self.atol = checked_number(atol, "atol", minimum=0)
         self.maxiter = (
             10 * operator.input_size if maxiter is None else checked_count(maxiter, "maxiter")
@@ -122,7 +118,7 @@ class KrylovOperator(InverseOperator):
             keeps_history=history,
         )
         run = self._begin(problem)
-        system = operator.shift(self.regularization) if self.regularization else operator
+        system = operator.shift(self.regularization)
         with tqdm(
             total=self.maxiter, desc=self._method(), leave=False, disable=not self.progress
         ) as bar:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hessops.errors import ArgumentTypeError
 from hessops.operators.base import TensorOperator
-from hessops.operators.inverse import InverseOperator, default_rtol
-from hessops.operators.outcomes import CODE, CURVATURE_NOISE, CountedMap, Problem, RowsMap, Run
+from hessops.operators.inverse import InverseOperator, checked_rtol
+from hessops.operators.outcomes import CODE, CURVATURE_NOISE, Problem, RowsMap, Run
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.solvers.conjugate_gradient import CgOperator
 from hessops.solvers.krylov import KrylovOperator
@@ -114,11 +114,7 @@ class IterativeRefinementOperator(InverseOperator):
     ) -> None:
         super().__init__(operator, regularization, warn_on_max_iteration=warn_on_max_iteration)
         require_single_or_double(operator.dtype, "operator", "iterative refinement")
-        self.rtol = (
-            default_rtol(operator.dtype)
-            if rtol is None
-            else checked_number(rtol, "rtol", minimum=0)
-        )
+        self.rtol = checked_rtol(rtol, operator.dtype)
         self.atol = checked_number(atol, "atol", minimum=0)
         self.maxiter = checked_count(maxiter, "maxiter")
         self.product_dtype = product_dtype
@@ -128,8 +124,7 @@ class IterativeRefinementOperator(InverseOperator):
 
     def _inner_inverse(self) -> InverseOperator:
         """(Ã + λI)⁻¹, by the inner solver."""
-        shift = self.regularization
-        system = self._rounded.shift(shift) if shift else self._rounded
+        system = self._rounded.shift(self.regularization)
         solver = self.solver or partial(CgOperator, rtol=INNER_RTOL[self.product_dtype])
         inner = system.inverse(solver)
         if not isinstance(inner, InverseOperator):
@@ -147,7 +142,6 @@ class IterativeRefinementOperator(InverseOperator):
             rtol=self.rtol,
             atol=self.atol,
             maxiter=self.maxiter,
-            precondition=CountedMap(None),
             keeps_history=history,
         )
         run = _RefinementRun(problem, self._linearized_inner(), self.product_dtype)
