@@ -1,0 +1,5 @@
+"""Estimates of what an operator is, from products with it: trace, diagonal, norm, spectrum."""
+
+from hessops.estimators.estimate import Estimate
+
+__all__ = ["Estimate"]
