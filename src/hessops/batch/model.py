@@ -19,6 +19,7 @@ from hessops.functional.columns import columns_that_fit, in_column_chunks
 from hessops.functional.compiled import CompiledProducts
 from hessops.functional.memory import GraphSize, GraphSizes
 from hessops.functional.products import LinearFunction, Params, Stack, StackedGradient
+from hessops.functional.replayed import ReplayedProducts
 from hessops.objective import Objective
 from hessops.point_loss import Loss, Reduction
 from hessops.space import RestrictTo
@@ -148,19 +149,38 @@ class ModelBatchOperation(BatchOperation):
         """As of `BatchOperation`; in forward mode, and on the meta device, nothing is retained."""
         if self.mode == "rev-fwd" or self.space.device.type == "meta":
             return None
-        return self._graph_size(batch).num_bytes
+        num_bytes = self._graph_size(batch).num_bytes
+        return num_bytes + self._record_bytes(num_bytes)
 
     def linearized(self, batch: Batch) -> AddRows:
         """As of `BatchOperation`, with the graph of the batch at the parameters of now."""
+        columns = self._columns(batch)
         with self._differentiating():
             linear = self._reverse_linear(batch)
-        columns = self._columns(batch)
+        if self.space.device.type != "cpu":
+            return partial(self._add_linear, linear, columns)
+        record_bytes = self._record_bytes(self._graph_size(batch).num_bytes)
+        replayed = ReplayedProducts(linear, self.space, record_bytes)
+        return partial(self._add_replayed, replayed, columns)
 
-        def add_rows(rows: Tensor, total: Tensor, weight: float) -> None:
-            with self._differentiating():
-                self._add_columns(linear, columns, rows, total, weight)
+    def _record_bytes(self, graph_bytes: int) -> int:
+        """What a record of the products may take beside the graph."""
+        if self.space.device.type != "cpu":
+            return 0
+        # Intermediate results and what is computed from the graph alone, and some vectors.
+        return 2 * graph_bytes + 4 * self.space.size * self.space.dtype.itemsize
 
-        return add_rows
+    def _add_linear(
+        self, linear: LinearFunction, columns: int, rows: Tensor, total: Tensor, weight: float
+    ) -> None:
+        with self._differentiating():
+            self._add_columns(linear, columns, rows, total, weight)
+
+    def _add_replayed(
+        self, products: ReplayedProducts, columns: int, rows: Tensor, total: Tensor, weight: float
+    ) -> None:
+        with products.one_at_a_time():
+            self._add_linear(products, columns, rows, total, weight)
 
     def add_rows(self, batch: Batch, rows: Tensor, total: Tensor, weight: float) -> None:
         """As of `BatchOperation`, column by column or some at a time."""

@@ -15,10 +15,11 @@ from hessops.space import ParameterSpace
 COLUMN_BYTES = 2**29
 # On a CPU several columns at once save the fixed cost of an operation and lose its data from the
 # processor's cache. Together they should read about this much in an operation. With 32 columns of
-# small perceptrons, convolutional networks and transformers on two cores of an x86 server, the
-# chunk that this gives took 1.0 to 1.3 of the time of the best of 1, 2, 4, 8, 16 and 32, and 1.7 on
-# a small transformer; one at a time took up to 7.9 (benchmarks/columns.py). With large batches it
-# is the other way round: all columns at once took up to 2.4 times as long as one after the other.
+# small perceptrons, convolutional networks and transformers on a core of an x86 server, the chunk
+# that this gives took 1.0 to 1.4 of the time of the best of 1, 2, 4, 8, 16 and 32, where one at a
+# time are replayed from a record (benchmarks/columns.py); one at a time took up to 8.3. With large
+# batches it is the other way round: all columns at once took up to 2.4 times as long as one after
+# the other.
 OPERATION_BYTES = 2**18
 # Fewer columns than this do not pay for the vectorised pass, which copies and cannot fuse as much.
 FEWEST_COLUMNS = 4

@@ -397,13 +397,15 @@ class TensorOperator(ABC):
         first product, so that the others need that part alone. It does so for data that are kept on
         the device (``cache=``); where not all graphs fit, some batches are traversed anew in every
         product. Sums, multiples and shifts are linearized in their parts; an operator that is not
-        one of a model is returned as it is.
+        one of a model is returned as it is. On a CPU the operations of that last part are recorded,
+        compared with autograd for a random vector, and from then on replayed without it, in memory
+        that is laid out beforehand.
 
         The parameters are those of now: `refresh` of this operator does not reach the new one,
         which has its own. Krylov solvers, eigen-solvers and sketches do this by themselves.
 
         Args:
-            max_bytes: Memory of all graphs together; ``None`` takes 1 GiB, or what ``cache=``
+            max_bytes: Memory of all graphs and records together; ``None`` takes 1 GiB, or what ``cache=``
                 allows where that is less.
 
         Returns:

@@ -18,11 +18,11 @@ _Part = TypeVar("_Part")
 # What the graphs of a linearized operator may take. A constant and not a share of the free memory,
 # so that equal calls take the same route on a busy machine and on an idle one.
 GRAPH_BYTES = 2**30
-# Small batches are joined until their graph takes this much: the fixed cost of its operations is
-# then paid less often. On a two-core x86 server, a perceptron of 26 000 parameters took 1.65
-# gradients for a product over four batches of 350 points (1 MiB each), and 1.15 over one of 1400;
-# one of 670 000 parameters took as long over four batches of 512 points (8 MiB each) as over one.
-JOINED_BYTES = 2**23
+# Small batches are joined until their graph and its record take this much: the fixed cost of its
+# operations is then paid less often. On a two-core x86 server, a perceptron of 26 000 parameters
+# took 1.65 gradients for a product over four batches of 350 points, and 1.15 over one of 1400; for
+# one of 670 000 parameters, batches of 512 points took as long as one of 2048.
+JOINED_BYTES = 2**26
 
 
 class GraphMemory:
