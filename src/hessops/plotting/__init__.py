@@ -2,7 +2,8 @@
 
 Every function draws on the axes that it is given, and makes a figure with pyplot only where there
 are none; nothing global is changed. Titles are left to the caller. NaN and infinity are refused
-with a `NonFiniteError`, before anything is drawn. Colours are told apart by readers who are blind
+with a `NonFiniteError` before anything is drawn; of a residual history, which may overflow where a
+recurrence diverged, they are left out. Colours are told apart by readers who are blind
 to some, and, by dashes, markers or lightness, without any.
 """
 

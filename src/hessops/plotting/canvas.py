@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import TextToPath
 from matplotlib.ticker import MaxNLocator
 
 from hessops.errors import ArgumentTypeError
@@ -14,6 +17,7 @@ from hessops.plotting.style import MUTED
 # In inches: letters of the usual size stay legible when the picture is shown 400 pixels wide.
 FIGURE_SIZE = (5.6, 3.8)
 POINTS_PER_INCH = 72
+MEASURED_SIZE = 100
 
 
 def axes_or_new(ax: object, size: tuple[float, float] = FIGURE_SIZE) -> Axes:
@@ -41,8 +45,22 @@ def new_column(rows: int, size: tuple[float, float] = FIGURE_SIZE) -> list[Axes]
     return list(axes.flat)
 
 
+def explain(axes: Axes, named: Mapping[str, Artist]) -> None:
+    """A legend, behind which lines are faint where there is no other place for it."""
+    axes.legend(
+        named.values(),
+        named.keys(),
+        fontsize="small",
+        framealpha=0.85,
+        edgecolor="none",
+        fancybox=False,
+    )
+
+
 def say(axes: Axes, text: str) -> None:
     """A sentence in the middle, where there is nothing to draw."""
+    axes.set_xlim(0, 1)
+    axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
     axes.text(0.5, 0.5, text, transform=axes.transAxes, color=MUTED, ha="center", va="center")
 
 
@@ -61,6 +79,7 @@ def width_of(text: str, *, bold: bool = False) -> float:
     """The width of a text in units of its font size."""
     if not text.strip():
         return 0.0
-    font = FontProperties(weight="bold" if bold else "normal")
-    # At the size at which the hinting of the font does not matter.
-    return float(TextPath((0, 0), text, size=100, prop=font).get_extents().width) / 100
+    # At a size at which the hinting of the font does not matter.
+    font = FontProperties(weight="bold" if bold else "normal", size=MEASURED_SIZE)
+    width, _, _ = TextToPath().get_text_width_height_descent(text, font, False)
+    return float(width) / MEASURED_SIZE

@@ -81,7 +81,7 @@ def preconditioner_comparison(
     by_step, by_cost = _two_axes(axes)
     courses = {label: courses_of(one, relative) for label, one in named.items()}
     for panel in (by_step, by_cost):
-        panel.set_yscale("log", nonpositive="mask")
+        panel.set_yscale("log", nonpositive="clip")
     for position, (label, some) in enumerate(courses.items()):
         if some:
             span = _Span.of(some)

@@ -41,8 +41,8 @@ def influence_heatmap(
     *,
     test_labels: Labels | None = None,
     train_labels: Labels | None = None,
-    quantile: float = 0.995,
-    max_cells: tuple[int, int] = (128, 256),
+    quantile: float = 0.99,
+    max_cells: tuple[int, int] = (200, 400),
 ) -> Axes:
     """Draws the influence of training points (columns) on test points (rows) as colours.
 
@@ -169,7 +169,8 @@ def _draw_cells(axes: Axes, cells: Floats, rows: _Side, columns: _Side, quantile
     if limit == 0:
         bar.set_ticks([0.0])
     bar.outline.set_linewidth(0.5)
-    bar.set_label("influence" if largest == limit else "influence (a few are beyond)")
+    beyond = float((np.abs(cells) > limit).mean())
+    bar.set_label(f"influence ({100 * beyond:.2g} % of cells beyond)" if beyond else "influence")
 
 
 def _checked_cells(max_cells: object) -> tuple[int, int]:

@@ -57,13 +57,15 @@ def estimates(
         axes.axvline(known, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
         _label(axes, known)
     labels = [
-        f"{shortened(str(label), LONGEST_LABEL)}\n{one.num_products} products"
+        f"{shortened(str(label), LONGEST_LABEL)}\n{one.num_products:,} product"
+        + ("s" if one.num_products != 1 else "")
         for label, one in named.items()
     ]
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
     axes.set_ylim(len(labels) - 0.4, -0.9 if known is not None else -0.6)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("estimate ± 1 and 2 standard errors")
+    # On the left, out of the way of a power of ten.
+    axes.set_xlabel("estimate ± 1 and 2 standard errors", loc="left")
     return axes
 
 

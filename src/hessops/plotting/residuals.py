@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from hessops.errors import ArgumentError, ArgumentTypeError
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.plotting.arguments import Floats
-from hessops.plotting.canvas import axes_or_new, count_along, say
+from hessops.plotting.canvas import axes_or_new, count_along, explain, say
 from hessops.plotting.style import MUTED, NEGATIVE, POSITIVE, Pen, pen
 
 # More lines than this are told apart by nobody: they share a colour.
@@ -56,14 +56,15 @@ def convergence(
     """
     named = checked_solutions(solution)
     axes = axes_or_new(ax)
-    axes.set_yscale("log", nonpositive="mask")
+    axes.set_yscale("log", nonpositive="clip")
     courses = {label: courses_of(one, relative) for label, one in named.items()}
     for position, (label, one) in enumerate(courses.items()):
         if isinstance(solution, Mapping):
             _draw_method(axes, one, label, pen(position))
         else:
             _draw_rows(axes, one)
-    finish(axes, courses, relative)
+    is_crowd = not isinstance(solution, Mapping) and len(courses[""]) > MOST_LABELS
+    finish(axes, courses, relative, is_crowd=is_crowd)
     axes.set_xlabel("step")
     return axes
 
@@ -130,12 +131,21 @@ def courses_of(solution: Solution, relative: bool) -> list[Course]:
 
 def _draw_rows(axes: Axes, courses: list[Course]) -> None:
     """The right-hand sides of one solve."""
-    few = len(courses) <= MOST_LABELS
+    if len(courses) > MOST_LABELS:
+        _draw_crowd(axes, courses)
+        return
     for position, course in enumerate(courses):
-        shared = Pen(POSITIVE if course.met else NEGATIVE, "-")
-        style = pen(position) if few else shared
-        label = f"right-hand side {course.row}" if few and len(courses) > 1 else "_"
-        _draw_course(axes, course, style, label, crowded=not few)
+        label = f"right-hand side {course.row}" if len(courses) > 1 else "_"
+        _draw_course(axes, course, pen(position), label, crowded=False)
+
+
+def _draw_crowd(axes: Axes, courses: list[Course]) -> None:
+    """Many right-hand sides, in two colours, with how many there are of each."""
+    for met, color, name in ((True, POSITIVE, "converged"), (False, NEGATIVE, "not converged")):
+        some = [course for course in courses if course.met is met]
+        for position, course in enumerate(some):
+            label = f"{len(some)} {name}" if position == 0 else "_"
+            _draw_course(axes, course, Pen(color, "-"), label, crowded=True)
 
 
 def _draw_method(axes: Axes, courses: list[Course], label: str, style: Pen) -> None:
@@ -177,7 +187,9 @@ def draw_end(
     )
 
 
-def finish(axes: Axes, courses: Mapping[str, list[Course]], relative: bool) -> None:
+def finish(
+    axes: Axes, courses: Mapping[str, list[Course]], relative: bool, *, is_crowd: bool = False
+) -> None:
     """Tolerances, labels and a legend of what needs one."""
     every = [course for some in courses.values() for course in some]
     axes.set_ylabel("‖b − Ax‖ / ‖b‖" if relative else "‖b − Ax‖")
@@ -185,31 +197,41 @@ def finish(axes: Axes, courses: Mapping[str, list[Course]], relative: bool) -> N
     if not every:
         say(axes, "every right-hand side is zero: nothing to solve")
         return
-    _draw_tolerances(axes, courses)
+    lines = _draw_tolerances(axes, courses)
     handles, labels = axes.get_legend_handles_labels()
-    if not all(course.met for course in every) and NOT_MET not in labels:
-        hollow = Line2D([], [], color=MUTED, marker="o", markerfacecolor="white", linestyle="none")
-        handles, labels = [*handles, hollow], [*labels, NOT_MET]
-    if labels:
-        axes.legend(handles, labels, fontsize="small", frameon=False)
+    named = dict(zip(labels, handles, strict=True))
+    # Where there is one colour for those that did not converge, the hollow marks are theirs.
+    if not is_crowd and not all(course.met for course in every):
+        named[NOT_MET] = Line2D(
+            [], [], color=MUTED, marker="o", markerfacecolor="white", linestyle="none"
+        )
+    if len(named) > 1 or is_crowd:
+        explain(axes, {**named, **lines})
+    else:
+        _write_tolerance(axes, lines)
 
 
-def _draw_tolerances(axes: Axes, courses: Mapping[str, list[Course]]) -> None:
-    """The loosest of each solve, or one line where they agree."""
+def _draw_tolerances(axes: Axes, courses: Mapping[str, list[Course]]) -> dict[str, Line2D]:
+    """The loosest of each solve, or one line where they agree; what they are called -> a line."""
     loosest = {
         label: max(course.tolerance for course in some) for label, some in courses.items() if some
     }
     several = max(loosest.values()) > min(loosest.values()) * 1.01
-    lines = loosest if several else dict(list(loosest.items())[:1])
+    drawn: dict[str, Line2D] = {}
     for position, label in enumerate(courses):
-        if lines.get(label, 0) > 0:
+        if loosest.get(label, 0) > 0 and (several or not drawn):
             color = pen(position).color if several else MUTED
-            axes.axhline(lines[label], color=color, linestyle=":", linewidth=1)
-    lowest = min(lines.values())
-    if lowest > 0:
+            line = axes.axhline(loosest[label], color=color, linestyle=":", linewidth=1)
+            drawn.setdefault("tolerances" if several else "tolerance", line)
+    return drawn
+
+
+def _write_tolerance(axes: Axes, lines: Mapping[str, Line2D]) -> None:
+    """Beside the line, where no legend says what it is."""
+    for name, line in lines.items():
         axes.annotate(
-            "tolerances" if several else "tolerance",
-            (0, lowest),
+            name,
+            (0, float(np.asarray(line.get_ydata())[0])),
             xytext=(3, 2),
             textcoords="offset points",
             xycoords=("axes fraction", "data"),

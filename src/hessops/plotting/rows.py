@@ -19,7 +19,7 @@ LETTERS = 9.5
 # From one line of letters to the next, in sizes of a letter.
 LINE = 1.7
 # Between two columns, and between two kinds of columns, in sizes of a letter.
-GAP, WIDE_GAP = 1.0, 2.2
+GAP, WIDE_GAP = 1.3, 2.4
 LONGEST_NAME = 24
 LONGEST_LABEL = 10
 

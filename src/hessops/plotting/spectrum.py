@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hessops.errors import ArgumentError, ShapeError
 from hessops.plotting.arguments import Floats, Numbers, checked_numbers
-from hessops.plotting.canvas import axes_or_new, count_along
+from hessops.plotting.canvas import axes_or_new, count_along, explain
 from hessops.plotting.style import INK, MUTED, NEGATIVE, POSITIVE, RULE
 
 # Beyond so many, marks would cover each other.
@@ -77,8 +77,7 @@ def eigenvalues(values: Numbers | Pairs, ax: Axes | None = None, *, log: bool = 
     name = "|eigenvalue|" if on_log else "eigenvalue"
     axes.set_ylabel(name if errors is None else f"{name} ± residual norm")
     count_along(axes.xaxis)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(fontsize="small", frameon=False)
+    _explain_signs(axes)
     return axes
 
 
@@ -102,7 +101,10 @@ def _draw_errors(axes: Axes, places: Floats, heights: Floats, errors: Floats, on
     if on_log:
         # A bar that reaches zero goes down as far as anything that is drawn.
         seen = np.concatenate([heights[heights > 0], high[high > 0], low[low > 0]])
-        low = np.where(low > 0, low, seen.min() / 2)
+        lowest = float(seen.min()) / 2
+        if bool((low <= 0).any()):
+            axes.set_ylim(bottom=lowest)
+        low = np.where(low > 0, low, lowest)
     shown = errors > 0
     axes.vlines(places[shown], low[shown], high[shown], color=MUTED, linewidth=1)
 
@@ -130,5 +132,20 @@ def _draw_marks(
                 color=color,
                 markerfacecolor=face,
                 linestyle="none",
-                label=label if some.any() and face == color else "_",
+                label=_named(label, on_log, face == color) if some.any() else "_",
             )
+
+
+def _named(sign: str, on_log: bool, is_certain: bool) -> str:
+    """What the legend says of marks; a linear axis shows the sign itself."""
+    if not is_certain:
+        return "sign uncertain"
+    return sign if on_log else "_"
+
+
+def _explain_signs(axes: Axes) -> None:
+    """A legend, unless there is nothing but values that are positive or on an axis with signs."""
+    handles, labels = axes.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    if set(named) - {"positive"}:
+        explain(axes, named)

@@ -29,7 +29,6 @@ DASHES: tuple[Dashes, ...] = (
 )
 
 MINUS = "\N{MINUS SIGN}"
-LARGEST_WHOLE = 1e6
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,16 @@ def pen(position: int) -> Pen:
 
 def diverging() -> Colormap:
     """From negative by white to positive; the positive end is the darker one."""
-    ends = ["#7f2d00", NEGATIVE, "#eda36b", "#ffffff", "#86aed2", POSITIVE, "#04203c"]
-    return LinearSegmentedColormap.from_list("hessops_diverging", ends)
+    stops = [
+        (0.0, "#a83e00"),
+        (0.13, NEGATIVE),
+        (0.3, "#eda36b"),
+        (0.5, "#ffffff"),
+        (0.7, "#86aed2"),
+        (0.87, POSITIVE),
+        (1.0, "#05264a"),
+    ]
+    return LinearSegmentedColormap.from_list("hessops_diverging", stops)
 
 
 def signed(values: list[float]) -> list[str]:
@@ -64,16 +71,20 @@ def signed(values: list[float]) -> list[str]:
 
 
 def aligned(values: list[float]) -> list[str]:
-    """Numbers with as many decimals as give the largest four digits; whole numbers without any.
+    """Numbers with as many decimals as give the largest four digits, or fewer where all end in 0.
 
     Example:
         >>> from hessops.plotting.style import aligned
-        >>> aligned([12.3456, -0.5]), aligned([1.0, 2000.0])
-        (['12.35', '−0.50'], ['1', '2000'])
+        >>> aligned([12.3456, -0.5]), aligned([1.5, 0.25]), aligned([1.0, 20.0])
+        (['12.35', '−0.50'], ['1.50', '0.25'], ['1', '20'])
     """
-    whole = all(value == round(value) and abs(value) < LARGEST_WHOLE for value in values)
-    form = ".0f" if whole else _form(values, 4)
-    return [format(value, form).replace("-", MINUS) for value in values]
+    form = _form(values, 4)
+    texts = [format(value, form).replace("-", MINUS) for value in values]
+    if "e" in form:
+        return texts
+    while texts and "." in texts[0] and all(text[-1] in "0." for text in texts):
+        texts = [text[:-1] for text in texts]
+    return texts
 
 
 def _form(values: list[float], digits: int) -> str:

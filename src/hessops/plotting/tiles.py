@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from matplotlib import colormaps
@@ -25,6 +26,8 @@ LETTERS = 10.0
 TILE = 0.85 * POINTS_PER_INCH
 # Rows are as wide as so many images, for what is written above them.
 FEWEST_COLUMNS = 3
+# Of images beside each other: more go to the next line.
+MOST_COLUMNS = 5
 LONGEST_LABEL = 12
 
 
@@ -41,9 +44,9 @@ def top_examples(
 ) -> Axes:
     """Draws the training images that help a test point most, and those that harm it most.
 
-    Above each image stands its label, below it its score: positive for the helpful ones in the
-    first row, negative for the harmful ones in the second, the most extreme on the left. Where
-    fewer than k scores have a sign, there are fewer images.
+    Above each image stands its label, below it its score: positive for the helpful ones, and below
+    them negative for the harmful ones, the most extreme first, five in a line. Where fewer than k
+    scores have a sign, there are fewer images.
 
     Args:
         images: Training images ``(n, H, W)``, ``(n, C, H, W)`` or ``(n, H, W, C)`` with C of 1
@@ -97,9 +100,10 @@ def top_examples(
     if test_image is not None:
         test = _Tile(stacks[-1][0], "" if test_label is None else _short(test_label), "", False)
     height, width = stacks[0].shape[1:3]
-    layout = _Layout.of(rows, test, height / width, None if ax is None else axes_or_new(ax))
-    axes = axes_or_new(ax, layout.inches)
-    _draw_sheet(axes, layout, list(zip(kinds, rows, strict=True)), test, cmap)
+    blocks = [_Block(kind, tiles) for kind, tiles in zip(kinds, rows, strict=True)]
+    sheet = _Sheet(blocks, test, height / width)
+    axes = axes_or_new(ax, sheet.inches)
+    _draw_sheet(axes, sheet if ax is None else sheet.within(size_in_points(axes)), cmap)
     return axes
 
 
@@ -133,143 +137,160 @@ def _captions(kinds: tuple[Kind, Kind], scores: Floats) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where things are, in points from the upper left.
+class _Block:
+    """The images of one kind, in as many lines as they need."""
+
+    kind: Kind
+    tiles: list[_Tile]
+
+    @property
+    def lines(self) -> list[list[_Tile]]:
+        return [
+            self.tiles[start : start + MOST_COLUMNS]
+            for start in range(0, len(self.tiles), MOST_COLUMNS)
+        ]
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """What is drawn and where, in points from the upper left.
 
     Attributes:
-        tile: Width of an image.
+        blocks: The images of each kind, below each other.
+        test: The test image, on the left of them.
         aspect: Height of an image by its width.
-        letters: Size of the letters.
-        columns: Images beside each other, without the test image.
-        lines: Of letters above and below an image, with the heading.
-        has_test: Whether there is a column for the test image.
+        tile: Width of an image.
     """
 
-    tile: float
+    blocks: list[_Block]
+    test: _Tile | None
     aspect: float
-    letters: float
-    columns: int
-    lines: int
-    has_test: bool
+    tile: float = TILE
 
-    @staticmethod
-    def of(rows: list[list[_Tile]], test: _Tile | None, aspect: float, ax: Axes | None) -> _Layout:
-        """As large as the axes allow; of the usual size where there are none yet."""
-        tiles = [tile for row in rows for tile in row] + ([test] if test else [])
-        widest = max(
-            (width_of(text, bold=True) for t in tiles for text in (t.above, t.below)), default=1
-        )
-        lines = 2 + any(tile.above for tile in tiles)
-        columns = max(FEWEST_COLUMNS, *(len(row) for row in rows))
+    def within(self, room: tuple[float, float]) -> _Sheet:
+        """As large as some axes allow."""
+        sheet = replace(self, tile=self.tile * room[0] / self.width)
+        while sheet.height > room[1]:
+            sheet = replace(sheet, tile=sheet.tile * 0.97)
+        return sheet
 
-        def sized(tile: float) -> _Layout:
-            letters = min(LETTERS, tile / 4, tile * (1 + GAP / 2) / max(widest, 1))
-            return _Layout(tile, aspect, letters, columns, lines, test is not None)
+    @property
+    def tiles(self) -> list[_Tile]:
+        tiles = [tile for block in self.blocks for tile in block.tiles]
+        return [*tiles, self.test] if self.test else tiles
 
-        layout = sized(TILE)
-        if ax is None:
-            return layout
-        width, height = size_in_points(ax)
-        layout = sized(TILE * width / layout.width)
-        while layout.height > height:
-            layout = sized(layout.tile * 0.97)
-        return layout
+    @cached_property
+    def letters(self) -> float:
+        """Size of the letters, with which nothing touches what is beside it."""
+        texts = [(text, t.is_bold) for t in self.tiles for text in (t.above, t.below)]
+        widest = max((width_of(text, bold=bold) for text, bold in texts), default=0.0)
+        return min(LETTERS, self.tile / 4, self.tile * (1 + GAP / 2) / max(widest, 1.0))
 
     @property
     def line(self) -> float:
+        """From one line of letters to the next."""
         return LINE * self.letters
+
+    @property
+    def above(self) -> float:
+        """From the top of an image's place to the image."""
+        return self.line * (1.3 if any(tile.above for tile in self.tiles) else 0.3)
+
+    @property
+    def step(self) -> float:
+        """From one line of images to the next."""
+        return self.above + self.tile * self.aspect + 1.4 * self.line
 
     @property
     def left(self) -> float:
         """Where the training images begin."""
-        return self.tile * (1 + 4 * GAP) if self.has_test else 0.0
+        return self.tile * (1 + 4 * GAP) if self.test else 0.0
+
+    def height_of(self, block: _Block) -> float:
+        """With its heading, or the sentence that there is no such image."""
+        return self.line + max(1.5 * self.line, len(block.lines) * self.step)
+
+    @property
+    def space(self) -> float:
+        """Between two kinds."""
+        return 0.5 * self.line
 
     @property
     def width(self) -> float:
-        return self.left + self.tile * (self.columns * (1 + GAP) - GAP)
-
-    @property
-    def row_height(self) -> float:
-        return self.tile * self.aspect + (self.lines + 0.3) * self.line
+        longest = max(len(line) for block in self.blocks for line in [*block.lines, []])
+        columns = max(FEWEST_COLUMNS, longest)
+        return self.left + self.tile * (columns * (1 + GAP) - GAP)
 
     @property
     def height(self) -> float:
-        """Of two rows with a space between them."""
-        return 2 * self.row_height + 0.6 * self.line
+        blocks = sum(map(self.height_of, self.blocks)) + self.space
+        return max(blocks, self.line + self.step if self.test else 0.0)
 
     @property
     def inches(self) -> tuple[float, float]:
-        margin = 0.15
+        margin = 0.2
         return self.width / POINTS_PER_INCH + margin, self.height / POINTS_PER_INCH + margin
 
 
-def _draw_sheet(
-    axes: Axes,
-    layout: _Layout,
-    rows: list[tuple[Kind, list[_Tile]]],
-    test: _Tile | None,
-    cmap: str,
-) -> None:
+def _draw_sheet(axes: Axes, sheet: _Sheet, cmap: str) -> None:
     axes.set_axis_off()
-    if test is not None:
-        top = (layout.height - layout.row_height) / 2
-        _write(axes, layout, 0, top + layout.line, "test image", INK, bold=True)
-        _draw_tile(axes, layout, test, (0, top), INK, cmap)
-    for number, (kind, tiles) in enumerate(rows):
-        top = number * (layout.row_height + 0.6 * layout.line)
-        _write(axes, layout, layout.left, top + layout.line, kind.heading, kind.color, bold=True)
-        for column, tile in enumerate(tiles):
-            left = layout.left + column * layout.tile * (1 + GAP)
-            _draw_tile(axes, layout, tile, (left, top), kind.color, cmap)
-        if not tiles:
-            _write(axes, layout, layout.left, top + 2.5 * layout.line, kind.none, MUTED)
-    axes.set_xlim(0, layout.width)
-    axes.set_ylim(layout.height, 0)
+    if sheet.test is not None:
+        top = (sheet.height - sheet.line - sheet.step) / 2
+        _write(axes, sheet, (0, top + sheet.line), "test image", INK, bold=True)
+        _draw_tile(axes, sheet, sheet.test, (0, top + sheet.line), INK, cmap)
+    top = 0.0
+    for block in sheet.blocks:
+        _draw_block(axes, sheet, block, top, cmap)
+        top += sheet.height_of(block) + sheet.space
+    # Room for the frames.
+    axes.set_xlim(-1, sheet.width + 1)
+    axes.set_ylim(sheet.height + 1, -1)
     axes.set_aspect("equal")
 
 
+def _draw_block(axes: Axes, sheet: _Sheet, block: _Block, top: float, cmap: str) -> None:
+    kind, below = block.kind, top + sheet.line
+    _write(axes, sheet, (sheet.left, below), kind.heading, kind.color, bold=True)
+    if not block.tiles:
+        _write(axes, sheet, (sheet.left, below + 1.2 * sheet.line), kind.none, MUTED)
+    for number, line in enumerate(block.lines):
+        for column, tile in enumerate(line):
+            left = sheet.left + column * sheet.tile * (1 + GAP)
+            _draw_tile(axes, sheet, tile, (left, below + number * sheet.step), kind.color, cmap)
+
+
 def _draw_tile(
-    axes: Axes, layout: _Layout, tile: _Tile, corner: tuple[float, float], color: str, cmap: str
+    axes: Axes, sheet: _Sheet, tile: _Tile, corner: tuple[float, float], color: str, cmap: str
 ) -> None:
-    left, top = corner
-    bottom_of_text = top + (layout.lines - 1) * layout.line
-    upper = bottom_of_text + 0.3 * layout.line
-    lower = upper + layout.tile * layout.aspect
+    left, upper = corner[0], corner[1] + sheet.above
+    lower = upper + sheet.tile * sheet.aspect
     axes.imshow(
-        tile.picture,
-        extent=(left, left + layout.tile, lower, upper),
-        cmap=cmap,
-        vmin=0,
-        vmax=1,
-        aspect="equal",
+        tile.picture, extent=(left, left + sheet.tile, lower, upper), cmap=cmap, vmin=0, vmax=1
     )
-    axes.add_patch(
-        Rectangle(
-            (left, upper), layout.tile, lower - upper, fill=False, edgecolor=RULE, linewidth=0.8
-        )
-    )
+    frame = Rectangle((left, upper), sheet.tile, lower - upper, fill=False, edgecolor=RULE)
+    frame.set_linewidth(0.8)
+    axes.add_patch(frame)
     if tile.above:
-        _write(axes, layout, left, bottom_of_text, tile.above, INK, bold=tile.is_bold)
+        where = (left, upper - 0.3 * sheet.line)
+        _write(axes, sheet, where, tile.above, INK, bold=tile.is_bold)
     if tile.below:
-        _write(axes, layout, left, lower + layout.line, tile.below, color)
+        _write(axes, sheet, (left, lower + sheet.line), tile.below, color)
 
 
 def _write(
     axes: Axes,
-    layout: _Layout,
-    left: float,
-    baseline: float,
+    sheet: _Sheet,
+    place: tuple[float, float],
     text: str,
     color: str,
     *,
     bold: bool = False,
 ) -> None:
     axes.text(
-        left,
-        baseline,
+        *place,
         text,
         color=color,
-        fontsize=layout.letters,
+        fontsize=sheet.letters,
         fontweight="bold" if bold else "normal",
         va="baseline",
     )
