@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from hessops.errors import ArgumentError, ArgumentTypeError, LossError
 from hessops.nested import map_tensors, tensor_leaves
+from hessops.printed import name_of
 from hessops.streaming import Batch
 
 Loss = Callable[..., Tensor]
@@ -65,8 +66,7 @@ class PointLoss:
     @property
     def name(self) -> str:
         """The name of the function, or of its class."""
-        name: str = getattr(self.function, "__name__", type(self.function).__name__)
-        return name
+        return name_of(self.function)
 
     @property
     def claim(self) -> str:

@@ -21,6 +21,7 @@ from hessops.functional.memory import GraphSize, GraphSizes
 from hessops.functional.products import LinearFunction, Params, Stack, StackedGradient
 from hessops.objective import Objective
 from hessops.point_loss import Loss, Reduction
+from hessops.printed import Node, settings_of
 from hessops.space import RestrictTo
 from hessops.streaming import Batch
 from hessops.validation import checked_count
@@ -263,5 +264,5 @@ class ModelBatchOperation(BatchOperation):
         self._symmetry_is_checked = self.symmetric_by_construction
         return self
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.objective!r}, mode={self.mode!r})"
+    def _node(self) -> Node:
+        return Node(settings_of(self, "mode"), parts=[self.objective])

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from hessops.errors import ArgumentTypeError
+from hessops.printed import described
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
@@ -80,7 +81,7 @@ def changed_settings(model: object) -> list[str]:
     """The arguments beyond model and loss that are not the defaults, as ``name=value``."""
     parameters = inspect.signature(type(model).__init__).parameters
     return [
-        f"{name}={getattr(value, 'value', value)!r}"
+        f"{name}={described(value)}"
         for name, value in model._arguments.items()  # type: ignore[attr-defined]  # recorded above
         if name not in ("model", "loss")
         and (name not in parameters or parameters[name].default != value)

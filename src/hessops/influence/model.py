@@ -61,6 +61,7 @@ from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import DiagonalBlock
 from hessops.operators.eigen import EigenOperator
 from hessops.point_loss import Loss, Reduction
+from hessops.printed import Node, Printed, counted, name_of
 from hessops.processes import ONE_PROCESS
 from hessops.randomness import resolved_generator
 from hessops.space import ParameterSpace
@@ -84,7 +85,7 @@ class CommonSettings(TypedDict, total=False):
     generator: torch.Generator | None
 
 
-class InfluenceFunctionModel(ABC):
+class InfluenceFunctionModel(Printed, ABC):
     r"""Influences of training points on the losses of other points.
 
     With :math:`g(z) = \nabla_\theta \ell(z; \theta)` and A the curvature of the mean training loss
@@ -743,18 +744,14 @@ class InfluenceFunctionModel(ABC):
         # Who holds the data has no part in what is computed from all of them.
         return {**settings, "averaging": self.averaging.within_process}
 
-    def __repr__(self) -> str:
-        loss = getattr(self.loss, "__name__", type(self.loss).__name__)
-        shown = [type(self.model).__name__, str(loss), *changed_settings(self)]
+    def _node(self) -> Node:
+        shown = [type(self.model).__name__, name_of(self.loss), *changed_settings(self)]
         head = f"{type(self).__name__}({', '.join(shown)})"
         if self._fit is None:
-            return f"{head}, not fitted"
+            return Node(f"{head}, not fitted")
         count = self._fit.data.num_points
-        points = "" if count is None else f" on {count} points"
-        lines = [f"{head}, fitted{points}"]
-        for name, block in self._fit.blocks.items():
-            lines.append(f"   block {name!r}: {block.inverse._label()} of {block.space.size}")
-        return "\n".join(lines)
+        points = "" if count is None else f" on {counted(count, 'point')}"
+        return Node(f"{head}, fitted{points}", parts=self._fit._blocks())
 
     _arguments: Mapping[str, object]
 

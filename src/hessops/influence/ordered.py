@@ -11,6 +11,7 @@ from torch.utils.data.distributed import DistributedSampler
 from hessops.errors import DataChangedError, DataError
 from hessops.influence.description import digest_of_batch, digest_of_description
 from hessops.influence.gradients import GradientProvider
+from hessops.printed import Node, Printed, counted
 from hessops.streaming import Batch, BatchStream, Unpack
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -57,7 +58,7 @@ class Survey:
         return digest_of_description(list(self.digests))
 
 
-class OrderedBatches:
+class OrderedBatches(Printed):
     """The batches of a loader in an order that is the same in every pass.
 
     The first pass checks every batch (see `Objective.check`) and notes its size and a hash; later
@@ -100,6 +101,14 @@ class OrderedBatches:
         self._name = name
         self._survey: Survey | None = None
         self._first: Batch | None = None
+
+    def _node(self) -> Node:
+        data = type(self._stream.data).__name__
+        if self._survey is None:
+            return Node(f"{self._name}: {data}, points not yet counted")
+        points = counted(self._survey.num_points, "point")
+        batches = counted(len(self._survey.sizes), "batch", "batches")
+        return Node(f"{self._name}: {data}, {points} in {batches}")
 
     def __iter__(self) -> Iterator[Placed]:
         """One pass.

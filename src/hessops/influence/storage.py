@@ -25,6 +25,7 @@ from hessops.influence.kept import tensors_of_kept
 from hessops.influence.model import InfluenceFunctionModel
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import batch_operators
+from hessops.printed import Node, Printed
 from hessops.solvers import LissaOperator
 from hessops.streaming import Batch
 
@@ -122,7 +123,7 @@ def _zarr() -> Any:
     return zarr
 
 
-class ChunkStore:
+class ChunkStore(Printed):
     """A zarr array whose chunks are written once, each whole or not at all.
 
     Args:
@@ -136,6 +137,11 @@ class ChunkStore:
     def __init__(self, path: Path, array: ZarrArray) -> None:
         self._path = path
         self.array = array
+
+    def _node(self) -> Node:
+        shape, chunks = (" x ".join(map(str, sizes)) for sizes in (self.array.shape, self.chunks))
+        label = f"ChunkStore({self._path.name}, in chunks of {chunks})"
+        return Node(label, f"{shape}, {self.array.dtype}")
 
     @classmethod
     def open(

@@ -24,6 +24,7 @@ from hessops.errors import (
 from hessops.interop.scipy import as_linear_operator
 from hessops.isolation import isolated
 from hessops.operators.linearized import GraphMemory, Linearization
+from hessops.printed import Node, Printed, short_dtype
 from hessops.processes import ONE_PROCESS, Processes
 from hessops.space import ParameterSpace
 from hessops.validation import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 DENSE_CHUNK_BYTES = 2**28
 
 
-class TensorOperator(ABC):
+class TensorOperator(Printed, ABC):
     r"""A linear map A on :math:`R^n`, known by its products with vectors.
 
     A subclass states size, dtype and device to this constructor and defines *one* hook:
@@ -171,7 +172,7 @@ class TensorOperator(ABC):
 
     def _label(self) -> str:
         """The operator's own line in the printed tree, without size, dtype and device."""
-        return type(self).__name__
+        return type(self).__name__.lstrip("_")
 
     # --- what it is ----------------------------------------------------------------------
 
@@ -528,19 +529,14 @@ class TensorOperator(ABC):
         """
         return as_linear_operator(self)
 
-    def __repr__(self) -> str:
-        return "\n".join(self._tree())
+    def _node(self) -> Node:
+        size = f"{self.input_size} x {self.input_size}"
+        note = f"{size}, {short_dtype(self.dtype)}, {self.device}"
+        return Node(self._label(), note, self._printed_parts(), of=self)
 
-    def _tree(self) -> list[str]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        lines = [f"{self._label()} [{self.input_size} x {self.input_size}, {dtype}, {self.device}]"]
-        children = self._children()
-        for position, child in enumerate(children, start=1):
-            is_last = position == len(children)
-            first, *rest = child._tree()
-            lines.append(("└─ " if is_last else "├─ ") + first)
-            lines += [("   " if is_last else "│  ") + line for line in rest]
-        return lines
+    def _printed_parts(self) -> Sequence[Node | Printed]:
+        """What is printed below the operator's own line."""
+        return self._children()
 
 
 class CompositeOperator(TensorOperator):

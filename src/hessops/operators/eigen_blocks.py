@@ -14,6 +14,7 @@ from hessops.operators.damping import Regularization, by_block, resolved
 from hessops.operators.eigen import EigenOperator
 from hessops.operators.inverse import DirectInverse
 from hessops.operators.kronecker_block import KroneckerOperator
+from hessops.printed import described
 from hessops.space import ParameterSpace
 
 DampingKind = Literal["exact", "factored-tikhonov"]
@@ -263,7 +264,7 @@ class KfacInverse(DirectInverse):
         shown = (
             f"{self.regularization:g}"
             if len(set(values.values())) == 1
-            else "{" + ", ".join(f"{name!r}: {value:g}" for name, value in values.items()) + "}"
+            else described({name: float(f"{value:.6g}") for name, value in values.items()})
         )
         kind = "" if self.damping == "exact" else f", damping={self.damping!r}"
         return f"KfacInverse(regularization={shown}{kind})"
