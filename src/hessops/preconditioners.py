@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -30,6 +29,7 @@ from hessops.validation import (
     checked_count,
     checked_regularization,
 )
+from hessops.warn import warn
 
 # A sketch whose smallest eigenvalue is below this multiple of the shift leaves a condition number
 # of about that; more columns gain little (Frangella, Tropp & Udell 2023, Section 5.4).
@@ -347,12 +347,11 @@ class _Nystroem(FittedPreconditioner):
 
     def _warn_without_shift(self) -> None:
         if self.damping != self.total_shift:
-            warnings.warn(
+            warn(
                 "the Nyström preconditioner of an operator without shift takes the smallest safe "
                 f"one, mu = {self.damping:.1e} (its rounding error); eigenvalues below it are not "
                 "told from zero. Pass a regularization where the operator may be singular",
                 ZeroShiftWarning,
-                stacklevel=2,
             )
 
     def with_regularization(self, regularization: float | None) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,8 @@ from hessops.printed import Node, Printed, counted, described, size_of
 from hessops.processes import ONE_PROCESS, Processes
 from hessops.progress import followed
 from hessops.slicing import draws_from_torch_only, sliced
+
+logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
 Unpack = Callable[[object], tuple[object, object]]
@@ -355,6 +358,7 @@ class BatchStream(Printed):
             self._first_pass.require_equal(fingerprint)
         if kept is not None:
             self._kept = kept
+            logger.debug("%d batches are kept on %s: %d bytes", len(kept), self.device, kept_bytes)
 
     def _emptiness(self) -> DataError:
         if self._first_pass is None:

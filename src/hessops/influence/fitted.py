@@ -136,6 +136,14 @@ class FittedModel(Printed):
     def _node(self) -> Node:
         return Node("FittedModel()", parts=[self.provider, self.data, *self._blocks()])
 
+    @property
+    def summary(self) -> str:
+        """What it is of, in a few words."""
+        count = self.data.num_points
+        points = [] if count is None else [counted(count, "point")]
+        parameters = counted(self.space.size, "parameter")
+        return ", ".join([*points, parameters, counted(len(self.blocks), "block")])
+
     def _blocks(self) -> list[Node]:
         """A line for each block."""
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping
@@ -67,6 +68,8 @@ from hessops.randomness import resolved_generator
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch, BatchStream
 from hessops.streaming import Unpack as RawUnpack
+
+logger = logging.getLogger(__name__)
 
 CURVATURES: Mapping[SecondOrderMode, type[CurvatureOperator]] = {
     SecondOrderMode.HESSIAN: HessianOperator,
@@ -150,7 +153,7 @@ class InfluenceFunctionModel(Printed, ABC):
         """Lets every constructor accept the historical keywords, and remember its arguments."""
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = recorded_constructor(cls.__init__)  # type: ignore[method-assign]  # same signature
+            cls.__init__ = recorded_constructor(cls.__init__, InfluenceFunctionModel.__init__)  # type: ignore[method-assign]  # same signature
 
     @recorded_constructor
     def __init__(
@@ -251,6 +254,7 @@ class InfluenceFunctionModel(Printed, ABC):
                 and the operator that inverts.
         """
         self._fit = self._fitted_on(dataloader)
+        logger.info("%s is fitted: %s", type(self).__name__, self._fit.summary)
         return self
 
     def _fitted_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     ZarrArray: TypeAlias = Array[Any]
 else:
     ZarrArray = object
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "hessops.json"
 CHECKSUM_BYTES = 4
@@ -187,7 +190,11 @@ class ChunkStore(Printed):
                 f"{path} holds an array of (shape, chunks, dtype) {found}, its manifest says "
                 f"{expected}: delete it"
             )
-        return cls(path, array)
+        store = cls(path, array)
+        if logger.isEnabledFor(logging.INFO):
+            absent, total = sum(map(len, store.missing().values())), prod(store.grid[:2])
+            logger.info("%s: %d of %d chunks are there", path, total - absent, total)
+        return store
 
     @property
     def chunks(self) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ from hessops.validation import (
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+_Inverse = TypeVar("_Inverse", bound="TensorOperator")
 
 # Rows of the identity that go through one application in `to_dense`.
 DENSE_CHUNK_BYTES = 2**28
@@ -85,16 +87,6 @@ class TensorOperator(Printed, ABC):
     # numpy scalars would try to turn an operator into an array before asking it.
     __array_ufunc__: ClassVar[None] = None
 
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        """Refuses a class that defines neither hook, as abstract methods would."""
-        defines_rows = cls._apply_rows is not TensorOperator._apply_rows
-        if not defines_rows and cls._apply_vector is TensorOperator._apply_vector:
-            raise TypeError(
-                f"Can't instantiate abstract class {cls.__name__}: define _apply_rows for a stack "
-                "of rows, or _apply_vector for one vector"
-            )
-        return super().__new__(cls)
-
     def __init__(
         self,
         input_size: int,
@@ -105,6 +97,7 @@ class TensorOperator(Printed, ABC):
         positive_semidefinite: bool | None = None,
         space: ParameterSpace | None = None,
     ) -> None:
+        _require_hook(type(self))
         if not dtype.is_floating_point:
             raise DtypeError(f"dtype must be a real floating-point one, got {dtype}")
         if input_size < 1:
@@ -359,6 +352,12 @@ class TensorOperator(Printed, ABC):
         """
         return self if self.symmetric else self._algebra.transposed(self)
 
+    @overload
+    def inverse(self, solver: None = None) -> TensorOperator: ...
+
+    @overload
+    def inverse(self, solver: Callable[[TensorOperator], _Inverse]) -> _Inverse: ...
+
     def inverse(
         self, solver: Callable[[TensorOperator], TensorOperator] | None = None
     ) -> TensorOperator:
@@ -467,10 +466,13 @@ class TensorOperator(Printed, ABC):
             )
         return lower
 
-    def to(self, device: torch.device | str) -> TensorOperator:
+    def to(self, device: torch.device | str) -> Self:
         """The same operator on another device; parts and fitted state move along."""
         resolved = resolved_device(device)
-        return self if resolved == self.device else self._move(resolved)
+        if resolved == self.device:
+            return self
+        # A sum moves to a sum, and so does each kind; the hook need not say so.
+        return cast("Self", self._move(resolved))
 
     def refresh(self) -> Self:
         """Lets every part take a new copy of the model it was built from; returns itself."""
@@ -537,6 +539,19 @@ class TensorOperator(Printed, ABC):
     def _printed_parts(self) -> Sequence[Node | Printed]:
         """What is printed below the operator's own line."""
         return self._children()
+
+
+def _require_hook(kind: type[TensorOperator]) -> None:
+    """Refuses a class that defines neither hook for products, as abstract methods would.
+
+    It is no ``__new__``: editors and `inspect.signature` would show its arguments.
+    """
+    defines_rows = kind._apply_rows is not TensorOperator._apply_rows
+    if not defines_rows and kind._apply_vector is TensorOperator._apply_vector:
+        raise TypeError(
+            f"Can't instantiate abstract class {kind.__name__}: define _apply_rows for a stack "
+            "of rows, or _apply_vector for one vector"
+        )
 
 
 class CompositeOperator(TensorOperator):

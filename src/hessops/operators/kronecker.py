@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -48,6 +49,8 @@ from hessops.validation import (
     checked_count,
     require_single_or_double,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class KfacOperator(BlockEigenOperator):
@@ -203,6 +206,7 @@ class KfacOperator(BlockEigenOperator):
             blocks = self._decomposed(estimation, statistics)
             if self.corrects_eigenvalues and estimation.layers:
                 blocks = self._corrected(estimation, blocks)
+        logger.info("%s: %d blocks are decomposed", type(self).__name__, len(blocks))
         return blocks
 
     def _factors(self, estimation: KroneckerEstimation) -> list[Tensor]:
@@ -445,7 +449,7 @@ class KfacOperator(BlockEigenOperator):
 
     def _move(self, device: torch.device) -> Self:
         moved = super()._move(device)
-        moved.curvature = self.curvature.to(device)  # type: ignore[assignment]  # of the same type
+        moved.curvature = self.curvature.to(device)
         return moved
 
     def _children(self) -> Sequence[TensorOperator]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Self
@@ -24,6 +25,8 @@ from hessops.validation import (
     checked_regularization,
     require_single_or_double,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class KrylovOperator(InverseOperator):
@@ -101,6 +104,7 @@ class KrylovOperator(InverseOperator):
             if self._fitted is None:
                 self._fitted = self.preconditioner.fit(operator, self.regularization)
                 _check_preconditioner(self._fitted, self.operator)
+                logger.debug("%s fitted %s", type(self).__name__, self._fitted._label())
             return self._fitted
         return self.preconditioner
 

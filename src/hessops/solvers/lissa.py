@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from hessops.validation import (
     checked_rows,
     require_single_or_double,
 )
+from hessops.warn import warn
 
 RowsProduct = Callable[[Tensor], Tensor]
 Scale = float | Literal["auto"]
@@ -125,12 +125,11 @@ def lissa_recursion(
 def _warn_of_growth(first: Tensor, last: Tensor, scale: float) -> None:
     growing = last > GROWTH_LIMIT * first
     if growing.any():
-        warnings.warn(
+        warn(
             f"the updates of LiSSA grew more than {GROWTH_LIMIT}-fold for {int(growing.sum())} of "
             f"{len(first)} right-hand sides: the recursion diverges or its batches are too noisy. "
             f"Raise scaling (now {scale:g}), damping or the batch size",
             ConvergenceWarning,
-            stacklevel=4,
         )
 
 
