@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from hessops.errors import ArgumentError, ArgumentTypeError, LossError
+from hessops.isolation import without_remarks
 from hessops.nested import map_tensors, tensor_leaves
 from hessops.printed import name_of
 from hessops.streaming import Batch
@@ -145,5 +146,8 @@ def map_points(function: Callable[[Batch], _Result], batch: Batch) -> _Result:
         x, y = map_tensors(row, batch.x), map_tensors(row, batch.y)
         return function(replace(batch, x=x, y=y, size=1))
 
-    mapped: _Result = vmap(on_leaves)(*leaves)
+    # That some operation is a loop is no concern of who called, and where warnings are errors they
+    # would change the way that is taken.
+    with without_remarks():
+        mapped: _Result = vmap(on_leaves)(*leaves)
     return mapped

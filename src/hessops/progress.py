@@ -35,17 +35,6 @@ class Bar:
         """Whether anybody looks: what is only displayed need not be computed."""
         return self._shown is not None
 
-    @property
-    def total(self) -> float | None:
-        """How much there is to do; ``None`` while that is unknown."""
-        return None if self._shown is None else self._shown.total
-
-    @total.setter
-    def total(self, total: float) -> None:
-        if self._shown is not None:
-            self._shown.total = total
-            self._shown.refresh()
-
     def advance(self, count: float = 1) -> None:
         """Goes on by so much."""
         if self._shown is not None:

@@ -366,13 +366,13 @@ class LazyInfluences(Printed):
             DistributedError: Factors are to be solved for by several processes together.
         """
         self._factors.require_resumable()
-        with self._bar() as bar:
+        with self._bar(self._num_chunks()) as bar:
             for rows in self._factors.rows(lambda _: True):
                 assert rows.factors is not None
                 for placed in self._train:
                     values = self._scored(rows.factors, placed)
                     yield InfluenceChunk(rows.points, placed.points, values)
-                    self._advance(bar)
+                    bar.advance()
 
     def _scored(self, factors: Tensor, placed: Placed) -> Tensor:
         """The influences of a batch.
@@ -391,15 +391,13 @@ class LazyInfluences(Printed):
         with isolated(self._model.space.device):
             return self._model.scores_of(factors, placed.batch, self.mode)
 
-    def _bar(self) -> AbstractContextManager[Bar]:
-        return progress_bar("influences", "chunk", show=self._progress, keep=True)
+    def _bar(self, total: int | None) -> AbstractContextManager[Bar]:
+        return progress_bar("influences", "chunk", total, show=self._progress, keep=True)
 
-    def _advance(self, bar: Bar) -> None:
-        # How many there are is known after a first pass over both.
+    def _num_chunks(self) -> int | None:
+        """How many `__iter__` yields, where that is known."""
         tests, trains = self._factors.num_pieces, self._train.num_batches
-        if bar.total is None and tests is not None and trains is not None:
-            bar.total = tests * trains
-        bar.advance()
+        return None if tests is None or trains is None else tests * trains
 
     def compute(self) -> Tensor:
         """All of them in host memory, ``(m, n)`` or ``(m, n, *x.shape[1:])``."""
@@ -468,10 +466,9 @@ class LazyInfluences(Printed):
         self._factors.require_resumable()
         with isolated(self._model.space.device):
             store = self._store(path, row_chunk, column_chunk)
-            with self._bar() as bar:
-                missing = store.missing()
-                bar.total = prod(store.grid)
-                bar.advance(prod(store.grid) - sum(map(len, missing.values())))
+            missing, total = store.missing(), prod(store.grid)
+            with self._bar(total) as bar:
+                bar.advance(total - sum(map(len, missing.values())))
                 self._fill(store, missing, bar)
             return store.reader()
 

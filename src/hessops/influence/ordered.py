@@ -12,7 +12,7 @@ from hessops.errors import DataChangedError, DataError
 from hessops.influence.description import digest_of_batch, digest_of_description
 from hessops.influence.gradients import GradientProvider
 from hessops.printed import Node, Printed, counted
-from hessops.streaming import Batch, BatchStream, Unpack
+from hessops.streaming import Batch, BatchStream, Unpack, known_length
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -160,8 +160,8 @@ class OrderedBatches(Printed):
 
     @property
     def num_batches(self) -> int | None:
-        """Number of batches, where it is known."""
-        return None if self._survey is None else len(self._survey.sizes)
+        """Number of batches, or before the first pass what the loader says of it, if anything."""
+        return known_length(self._stream.data) if self._survey is None else len(self._survey.sizes)
 
 
 def _refuse_shuffling(data: object, name: str) -> None:
