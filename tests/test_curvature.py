@@ -436,7 +436,7 @@ def test_repr_shows_model_points_and_size() -> None:
     operator.apply(torch.ones(operator.input_size, dtype=torch.float64))
     text = repr(operator.shift(0.5))
     assert "ShiftedOperator(+0.5 I) [43 x 43, float64, cpu]" in text
-    assert "HessianOperator(Sequential, 12 points, kept on the device, PointAveraging())" in text
+    assert "HessianOperator(Sequential, 12 points, cached)" in text
 
 
 @pytest.mark.parametrize("operator_name", ["gauss_newton", "generalized_gauss_newton"])

@@ -165,7 +165,6 @@ HONEST: dict[str, tuple[LossFunction, object, str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop because")
 @pytest.mark.parametrize("case", HONEST)
 def test_a_loss_that_is_what_it_claims_is_accepted(case: str) -> None:
     loss, y, reduction = HONEST[case]

@@ -5,6 +5,8 @@ inverses are operators that stream over a ``DataLoader``, act on flat tensors or
 tensors, and can be added, shifted, composed and inverted.
 """
 
+import logging as _logging
+
 from hessops import distributed, ihvp
 from hessops.batch import (
     Averaging,
@@ -178,3 +180,25 @@ __all__ = [
     "operator_spectral_approximation",
     "randomized_nystroem_approximation",
 ]
+
+# A library stays silent until its user asks: without this Python prints warnings of loggers itself.
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())
+
+# Modules with public names that are not repeated here; the others are the library's own.
+_MODULES = (
+    "distributed",
+    "errors",
+    "estimators",
+    "functional",
+    "ihvp",
+    "influence",
+    "plotting",
+    "testing",
+)
+
+
+def __dir__() -> list[str]:
+    """What is public: the names of `__all__`, and the modules that were imported."""
+    imported = {name for name in _MODULES if name in globals()}
+    special = {name for name in globals() if name.startswith("__")}
+    return sorted({*__all__, *imported, *special})

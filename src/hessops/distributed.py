@@ -26,6 +26,7 @@ from hessops.errors import (
 )
 from hessops.functional.precision import accumulation_dtype
 from hessops.hashing import word_of_values
+from hessops.printed import Node
 from hessops.processes import Processes, Same, spread
 
 # Adds to a tensor of zeros what a process has, and returns the weight of that.
@@ -156,11 +157,9 @@ class DistributedAveraging(Averaging):
             )
         return total.div_(weight).to(like.dtype)
 
-    def __repr__(self) -> str:
-        processes = self._processes
-        return (
-            f"DistributedAveraging({self._averaging!r}, rank {processes.rank} of {processes.size})"
-        )
+    def _node(self) -> Node:
+        rank, size = self._processes.rank, self._processes.size
+        return Node(f"DistributedAveraging({self._averaging!r}, rank {rank} of {size})")
 
 
 class GroupOfProcesses(Processes):

@@ -3,6 +3,18 @@
 Every error of `hessops` derives from `HessopsError` and from the built-in exception that says what
 kind of mistake it is, so that ``except ValueError`` keeps working. A message names the argument,
 what came, what was expected and what to do.
+
+Every warning derives from `HessopsWarning`, so that a filter can name all of them or one kind; it
+points at the line that called the library.
+
+.. code-block:: text
+
+    HessopsWarning (a UserWarning)
+    ├─ ConvergenceWarning           a value is less accurate than was asked for
+    ├─ IndefiniteSketchWarning      a sketch is of the positive part only
+    ├─ ZeroShiftWarning             a preconditioner chose a shift by itself
+    ├─ UncoveredParametersWarning   an influence model leaves parameters out
+    └─ CompileWarning               a product is slower than it could be
 """
 
 from __future__ import annotations
@@ -121,7 +133,10 @@ class HessopsWarning(UserWarning):
 
 
 class ConvergenceWarning(HessopsWarning):
-    """A solve stopped short of its tolerance; the value returned carries its true residual."""
+    """A solve, or a search for eigenpairs, stopped short of what was asked for.
+
+    A `Solution` says by how much.
+    """
 
 
 class IndefiniteSketchWarning(HessopsWarning):

@@ -10,7 +10,6 @@ anything that `func` takes, integer tensors included. `regularization` adds λv 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from hessops.solvers.conjugate_gradient import CgOperator
 from hessops.solvers.lissa import lissa_recursion
 from hessops.space import ParameterSpace
 from hessops.validation import checked_count, checked_number
+from hessops.warn import warn
 
 __all__ = [
     "IHVPUsageError",
@@ -58,7 +58,7 @@ __all__ = [
     "ihvp_lissa",
 ]
 
-logger = logging.getLogger("hessops")
+logger = logging.getLogger(__name__)
 
 Mode = Literal["rev-rev", "rev-fwd"]
 Argnums = int | tuple[int, ...]
@@ -334,11 +334,10 @@ def _solved_by_cg(target: _Target, inverse: CgOperator, v: Tensor) -> Tensor:
     # An absolute tolerance may be out of reach of the dtype; that is no failure while the
     # residual is as small as the dtype allows.
     if max(stagnated, default=0.0) > default_rtol(v.dtype):
-        warnings.warn(
+        warn(
             f"conjugate gradients stagnated at a relative residual of {max(stagnated):.1e}. "
             f"{SolveStatus.STAGNATED.advice}",
             ConvergenceWarning,
-            stacklevel=3,
         )
     return solution.value
 
@@ -478,12 +477,13 @@ class _Krylov:
                 device=hessian.device,
             )
         pairs = every.largest(self.top_k)
-        logger.debug(
-            "ihvp_arnoldi keeps %d of %d Ritz pairs, with residuals up to %.1e",
-            len(pairs.values),
-            len(every.values),
-            pairs.residual_norms.max().item() if len(pairs.values) else 0.0,
-        )
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "ihvp_arnoldi keeps %d of %d Ritz pairs, with residuals up to %.1e",
+                len(pairs.values),
+                len(every.values),
+                pairs.residual_norms.max().item() if len(pairs.values) else 0.0,
+            )
         representation = LowRankProductRepresentation(pairs.values, pairs.vectors)
         if not representation.is_orthonormal():
             representation = representation.orthonormalized()

@@ -19,15 +19,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from hessops.progress import bars_closed_on_error
+
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
     """No gradient recording, inference mode or autocast: plain results in full precision.
 
     Under a caller's ``inference_mode`` nothing could be differentiated, and under ``autocast`` a
-    float32 product would silently be a bfloat16 one.
+    float32 product would silently be a bfloat16 one. An error leaves no progress bar behind.
     """
-    with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
+    with (
+        bars_closed_on_error(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        without_autocast(device),
+    ):
         yield
 
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from hessops.errors import HessopsError, ModelError
 from hessops.isolation import without_remarks
 from hessops.point_loss import Loss, PointLoss, Reduction
+from hessops.printed import Node, Printed
 from hessops.snapshot import ModelSnapshot
 from hessops.space import ParameterSpace, RestrictTo
 from hessops.streaming import Batch
 from hessops.verification import Verification
 
 
-class Objective:
+class Objective(Printed):
     r"""The mean loss :math:`L(\theta) = \frac1n \sum_i \ell_i(\theta)` of a model over points.
 
     :math:`\ell_i` is the loss on point i alone. The objective works on a copy of the model, taken
@@ -220,8 +221,7 @@ class Objective:
         """
         Verification(self._snapshot, self._point_loss, batch).run()
 
-    def __repr__(self) -> str:
-        return (
-            f"Objective({type(self.model).__name__}, {self._point_loss.name}, "
-            f"reduction={self.reduction!r}, {self.space!r})"
-        )
+    def _node(self) -> Node:
+        model = type(self.model).__name__
+        shown = f"{model}, {self._point_loss.name}, reduction={self.reduction!r}"
+        return Node(f"Objective({shown})", parts=[self.space], of=self)

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from hessops.errors import ArgumentError, ArgumentTypeError, LossError
+from hessops.isolation import without_remarks
 from hessops.nested import map_tensors, tensor_leaves
+from hessops.printed import name_of
 from hessops.streaming import Batch
 
 Loss = Callable[..., Tensor]
@@ -65,8 +67,7 @@ class PointLoss:
     @property
     def name(self) -> str:
         """The name of the function, or of its class."""
-        name: str = getattr(self.function, "__name__", type(self.function).__name__)
-        return name
+        return name_of(self.function)
 
     @property
     def claim(self) -> str:
@@ -145,5 +146,8 @@ def map_points(function: Callable[[Batch], _Result], batch: Batch) -> _Result:
         x, y = map_tensors(row, batch.x), map_tensors(row, batch.y)
         return function(replace(batch, x=x, y=y, size=1))
 
-    mapped: _Result = vmap(on_leaves)(*leaves)
+    # That some operation is a loop is no concern of who called, and where warnings are errors they
+    # would change the way that is taken.
+    with without_remarks():
+        mapped: _Result = vmap(on_leaves)(*leaves)
     return mapped

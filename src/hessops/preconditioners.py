@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Self
 
 import torch
@@ -23,12 +22,14 @@ from hessops.functional.nystroem import operator_sketch
 from hessops.operators.base import DENSE_CHUNK_BYTES, TensorOperator
 from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import BlockDiagonalOperator, DiagonalBlock
+from hessops.printed import Node, Printed, settings_of
 from hessops.randomness import rademacher, resolved_generator
 from hessops.validation import (
     available_bytes,
     checked_count,
     checked_regularization,
 )
+from hessops.warn import warn
 
 # A sketch whose smallest eigenvalue is below this multiple of the shift leaves a condition number
 # of about that; more columns gain little (Frangella, Tropp & Udell 2023, Section 5.4).
@@ -37,7 +38,7 @@ ADAPTIVE_FACTOR = 10
 ADAPTIVE_START = 10
 
 
-class Preconditioner(ABC):
+class Preconditioner(Printed, ABC):
     r"""A recipe: fitted to A and λ it yields an operator close to :math:`(A + \lambda I)^{-1}`.
 
     A subclass defines `fit`. Any solver with a ``preconditioner`` argument takes an instance, fits
@@ -75,6 +76,10 @@ class Preconditioner(ABC):
         if isinstance(fitted, FittedPreconditioner):
             return fitted.with_regularization(regularization)
         return self.fit(operator, regularization)
+
+    def _node(self) -> Node:
+        names = (f.name for f in fields(self)) if is_dataclass(self) else ()
+        return Node(settings_of(self, *names))
 
 
 class FittedPreconditioner(TensorOperator):
@@ -122,6 +127,9 @@ class FittedPreconditioner(TensorOperator):
         changed.regularization = checked_regularization(regularization)
         return changed
 
+    def _label(self) -> str:
+        return f"{super()._label()}(regularization={self.regularization:g})"
+
 
 def _separated(operator: TensorOperator) -> tuple[TensorOperator, float]:
     """B and c >= 0 with A = B + c·I: what to sketch, and what to add."""
@@ -132,7 +140,7 @@ def _separated(operator: TensorOperator) -> tuple[TensorOperator, float]:
 # --- Jacobi ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JacobiPreconditioner(Preconditioner):
     r"""The inverse of the diagonal, estimated by probing.
 
@@ -208,14 +216,11 @@ class _Jacobi(FittedPreconditioner):
         moved.diagonal = self.diagonal.to(device)
         return moved
 
-    def _label(self) -> str:
-        return f"Jacobi(regularization={self.regularization:g})"
-
 
 # --- Nyström -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NystroemPreconditioner(Preconditioner):
     r"""The randomized Nyström preconditioner, for spectra that decay.
 
@@ -342,12 +347,11 @@ class _Nystroem(FittedPreconditioner):
 
     def _warn_without_shift(self) -> None:
         if self.damping != self.total_shift:
-            warnings.warn(
+            warn(
                 "the Nyström preconditioner of an operator without shift takes the smallest safe "
                 f"one, mu = {self.damping:.1e} (its rounding error); eigenvalues below it are not "
                 "told from zero. Pass a regularization where the operator may be singular",
                 ZeroShiftWarning,
-                stacklevel=2,
             )
 
     def with_regularization(self, regularization: float | None) -> Self:
@@ -383,7 +387,7 @@ class _Nystroem(FittedPreconditioner):
 Blocks = Mapping[str, Sequence[str]] | int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BlockDiagonalPreconditioner(Preconditioner):
     r"""The inverses of diagonal blocks of A.
 

@@ -19,12 +19,13 @@ from hessops.errors import (
     ParameterNameError,
     ShapeError,
 )
+from hessops.printed import Node, Printed, counted, short_dtype
 
 RestrictTo = Mapping[str, nn.Parameter] | Iterable[str]
 
 
-@dataclass(frozen=True)
-class ParameterSpace:
+@dataclass(frozen=True, repr=False)
+class ParameterSpace(Printed):
     r"""The vector space R^P of a model's parameters, as an ordered set of named blocks.
 
     A vector of the space is either flat, a tensor of shape ``(P,)``, or a dictionary
@@ -324,10 +325,12 @@ class ParameterSpace:
         """The same space on another device."""
         return replace(self, device=torch.device(device))
 
-    def __repr__(self) -> str:
-        return (
-            f"ParameterSpace({len(self.names)} parameters, size {self.size}, "
-            f"{_short(self.dtype)}, {self.device})"
+    def _node(self) -> Node:
+        # One line: error messages name spaces.
+        return Node(
+            f"ParameterSpace({counted(len(self.names), 'parameter')}, size {self.size}, "
+            f"{short_dtype(self.dtype)}, {self.device})",
+            details=[f"{name} {tuple(shape)}" for name, shape in self.shapes.items()],
         )
 
 
@@ -396,7 +399,3 @@ def _summary(items: Mapping[str, object] | Sequence[str], most: int = 8) -> str:
 
 def _type_name(value: object) -> str:
     return type(value).__name__
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

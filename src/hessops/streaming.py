@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,6 @@ from torch.utils.data import (
     IterableDataset,
     SequentialSampler,
 )
-from tqdm.auto import tqdm
 
 from hessops.errors import (
     ArgumentError,
@@ -29,8 +29,12 @@ from hessops.errors import (
 from hessops.hashing import SumOfPoints, mixed, word_of_values
 from hessops.isolation import HostRandomState
 from hessops.nested import map_tensors, named_tensor_leaves, plain_leaves, tensor_leaves
+from hessops.printed import Node, Printed, counted, described, size_of
 from hessops.processes import ONE_PROCESS, Processes
+from hessops.progress import followed
 from hessops.slicing import draws_from_torch_only, sliced
+
+logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
 Unpack = Callable[[object], tuple[object, object]]
@@ -40,8 +44,8 @@ Unpack = Callable[[object], tuple[object, object]]
 AUTO_CACHE_BYTES = 2**30
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, repr=False)
+class Batch(Printed):
     """Some points: inputs and targets whose tensors share their leading dimension.
 
     Attributes:
@@ -109,6 +113,15 @@ class Batch:
         """Memory of the tensors, in bytes."""
         return sum(t.numel() * t.element_size() for t in tensor_leaves((self.x, self.y)))
 
+    def _node(self) -> Node:
+        shown = [f"{name}: {_form(part)}" for name, part in (("x", self.x), ("y", self.y))]
+        return Node(f"Batch({', '.join([counted(self.size, 'point'), *shown])})")
+
+
+def _form(part: object) -> str:
+    """Inputs or targets in a few words."""
+    return f"[{size_of(part)}]" if isinstance(part, Tensor) else described(part)
+
 
 def _require_size(batch: Batch, position: int) -> None:
     length = _common_length(batch.x, batch.y, position)
@@ -150,7 +163,7 @@ def _common_length(x: object, y: object, position: int) -> int:
     return next(iter(lengths.values()))
 
 
-class BatchStream:
+class BatchStream(Printed):
     """Replays an iterable of batches: the same points in every pass, counted and on one device.
 
     The loader's own order, sampler, batch sampler and ``collate_fn`` are honoured. It runs under a
@@ -345,6 +358,7 @@ class BatchStream:
             self._first_pass.require_equal(fingerprint)
         if kept is not None:
             self._kept = kept
+            logger.debug("%d batches are kept on %s: %d bytes", len(kept), self.device, kept_bytes)
 
     def _emptiness(self) -> DataError:
         if self._first_pass is None:
@@ -357,17 +371,13 @@ class BatchStream:
 
     def shown(self, batches: Iterable[_Item], length: int | None) -> Iterable[_Item]:
         """The batches of a pass, behind a progress bar where that was asked for."""
-        if not self.progress:
-            return batches
-        bar: Iterable[_Item] = tqdm(
-            batches, total=length, desc="batches", unit="batch", leave=False
-        )
-        return bar
+        return followed(batches, "batches", "batch", length, show=self.progress)
 
-    def __repr__(self) -> str:
+    def _node(self) -> Node:
         points = "not yet counted" if self.num_points is None else f"{self.num_points}"
         kept = "kept on the device" if self.is_cached else "loaded in every pass"
-        return f"BatchStream({type(self.data).__name__}, points: {points}, {kept}, {self.device})"
+        data = type(self.data).__name__
+        return Node(f"BatchStream({data}, points: {points}, {kept}, {self.device})")
 
 
 def _require_replayable(data: object, *, may_be_empty: bool) -> None:

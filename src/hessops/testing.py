@@ -21,12 +21,13 @@ from hessops.errors import (
 from hessops.operators.base import TensorOperator
 from hessops.operators.inverse import InverseOperator
 from hessops.operators.solution import SolveStatus
+from hessops.printed import Node, Printed, counted
 
 DEFAULT_ACCURACY = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-@dataclass(frozen=True)
-class ConformanceReport:
+@dataclass(frozen=True, repr=False)
+class ConformanceReport(Printed):
     """What was checked.
 
     Attributes:
@@ -36,6 +37,12 @@ class ConformanceReport:
 
     passed: tuple[str, ...]
     skipped: dict[str, str] = field(default_factory=dict)
+
+    def _node(self) -> Node:
+        passed = Node(f"passed: {', '.join(self.passed) or 'none'}")
+        skipped = [Node(f"skipped {name}: {reason}") for name, reason in self.skipped.items()]
+        label = f"ConformanceReport({counted(len(self.passed), 'check')} passed)"
+        return Node(label, parts=[passed, *skipped])
 
 
 def check_operator(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hessops.errors import ArgumentError, DataError, ShapeError
 from hessops.functional.precision import accumulation_dtype
+from hessops.printed import Printed
 from hessops.processes import ONE_PROCESS, Processes, Same
 
 NOTHING: Same = {}
@@ -24,7 +25,7 @@ class Summand(Protocol):
         """Adds weight times the value to a tensor of its shape."""
 
 
-class Averaging(ABC):
+class Averaging(Printed, ABC):
     r"""A weighted mean over batches, :math:`\sum_b w_b v_b / \sum_b w_b`.
 
     A subclass states the weight of a batch of n points. Sums are kept in float32 where the values
@@ -119,9 +120,6 @@ class Averaging(ABC):
                     "expected a finite number >= 0"
                 )
             yield value, weight
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
 
 def _add(total: Tensor, value: Tensor | Summand, weight: float) -> None:

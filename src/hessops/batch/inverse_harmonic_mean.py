@@ -18,6 +18,7 @@ from hessops.functional.layerwise import MatrixLayers, PointGradients
 from hessops.functional.precision import accumulation_dtype, safe_norms
 from hessops.functional.products import LinearFunction, Stack
 from hessops.point_loss import Loss, Reduction
+from hessops.printed import Node, settings_of
 from hessops.space import ParameterSpace, RestrictTo
 from hessops.streaming import Batch
 from hessops.validation import checked_number
@@ -188,8 +189,8 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
         changed.regularization = _checked_positive(regularization)
         return changed
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.objective!r}, regularization={self.regularization:g})"
+    def _node(self) -> Node:
+        return Node(settings_of(self, "regularization"), parts=[self.objective])
 
 
 def _checked_positive(regularization: object) -> float:

@@ -22,6 +22,7 @@ from hessops.functional.products import LinearFunction, Params, Stack, StackedGr
 from hessops.functional.replayed import ReplayedProducts
 from hessops.objective import Objective
 from hessops.point_loss import Loss, Reduction
+from hessops.printed import Node, settings_of
 from hessops.space import RestrictTo
 from hessops.streaming import Batch
 from hessops.validation import checked_count
@@ -283,5 +284,5 @@ class ModelBatchOperation(BatchOperation):
         self._symmetry_is_checked = self.symmetric_by_construction
         return self
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.objective!r}, mode={self.mode!r})"
+    def _node(self) -> Node:
+        return Node(settings_of(self, "mode"), parts=[self.objective])

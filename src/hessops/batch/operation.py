@@ -14,6 +14,7 @@ from torch import Tensor
 from hessops.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 from hessops.functional.products import Stack
 from hessops.isolation import isolated
+from hessops.printed import Node, Printed
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch
 from hessops.validation import checked_rows
@@ -22,7 +23,7 @@ from hessops.validation import checked_rows
 AddRows = Callable[[Tensor, Tensor, float], None]
 
 
-class BatchOperation(ABC):
+class BatchOperation(Printed, ABC):
     r"""The linear map :math:`v \mapsto m(b)\, v` of one batch b: the mean over *its* points.
 
     A subclass hands its parameter space to this constructor and defines `_apply_stack`. `apply`
@@ -72,7 +73,7 @@ class BatchOperation(ABC):
             The same structure.
         """
 
-    def check(self, batch: Batch) -> None:  # noqa: B027  # optional: most operations have no claim
+    def check(self, batch: Batch) -> None:  # optional: most operations have no claim
         """Verifies what can be verified on a batch; called for every batch of a first pass."""
 
     def apply(self, batch: Batch | tuple[object, object], tensor: Tensor) -> Tensor:
@@ -164,5 +165,5 @@ class BatchOperation(ABC):
         """Takes the values of what it was built from anew, in place; returns itself."""
         return self
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.space!r})"
+    def _node(self) -> Node:
+        return Node(f"{type(self).__name__}()", parts=[self.space])

@@ -26,6 +26,7 @@ from hessops.functional.memory import GraphSizes
 from hessops.functional.precision import powers_of_two
 from hessops.functional.products import LinearFunction, Stack, StackedGradient
 from hessops.nested import map_tensors, rounded
+from hessops.printed import Node
 from hessops.streaming import Batch
 
 # float16 is left out: the gradient of a mean over some thousand points may be below all that it
@@ -181,8 +182,9 @@ class LowerPrecisionBatchOperation(ModelBatchOperation):
         self._hold(self.exact.refresh())
         return self
 
-    def __repr__(self) -> str:
-        return f"{self.exact!r} with products in {self.product_dtype}"
+    def _node(self) -> Node:
+        exact = self.exact._node()
+        return replace(exact, label=f"{exact.label} with products in {self.product_dtype}")
 
 
 def checked_product_dtype(value: object, dtype: torch.dtype) -> torch.dtype:

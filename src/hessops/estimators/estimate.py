@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hessops.printed import Node, Printed, counted
 
-@dataclass(frozen=True, eq=False)
-class Estimate:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Estimate(Printed):
     """A value with its standard error, and what it cost.
 
     Attributes:
@@ -29,9 +31,10 @@ class Estimate:
     num_products: int
     method: str
 
-    def __repr__(self) -> str:
+    def _node(self) -> Node:
         if isinstance(self.value, Tensor):
             shown = f"of shape {tuple(self.value.shape)}"
         else:
             shown = f"{self.value:.6g} ± {self.standard_error:.2g}"
-        return f"Estimate({shown}, {self.method}, {self.num_products} products)"
+        products = counted(self.num_products, "product")
+        return Node(f"Estimate({shown}, {self.method}, {products})")

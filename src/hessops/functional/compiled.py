@@ -17,6 +17,7 @@ from hessops.functional.products import Params, Stack
 from hessops.nested import map_tensors, tensor_leaves
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch
+from hessops.warn import warn
 
 BatchProduct = Callable[[Params, Batch, Stack], Stack]
 FlatProduct = Callable[..., Sequence[Tensor]]
@@ -131,11 +132,10 @@ class CompiledProducts:
         if reason in self._warned:
             return
         self._warned.add(reason)
-        warnings.warn(
+        warn(
             f"compile=True: a product of {self.what} {reason}; it is computed without, with the "
             "same result. Leave compile=True out to silence this",
             CompileWarning,
-            stacklevel=2,
         )
 
     def anew(self) -> Self:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,6 +23,7 @@ from hessops.errors import (
 )
 from hessops.functional.checks import excess_asymmetry
 from hessops.randomness import standard_normal
+from hessops.warn import warn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -138,12 +138,11 @@ def largest_eigenpairs(
     else:
         values, vectors = _arpack_eigenpairs(problem, generator)
     if len(values) < min(problem.rank, problem.size):
-        warnings.warn(
+        warn(
             f"{len(values)} of {problem.rank} eigenpairs converged to tol={problem.tol:g} within "
             f"max_iter={problem.most_restarts}; only those are returned. Raise max_iter or "
             "krylov_dimension, or loosen tol",
             ConvergenceWarning,
-            stacklevel=4,
         )
     order = values.abs().argsort(descending=True, stable=True)
     return values[order], vectors[:, order].contiguous()

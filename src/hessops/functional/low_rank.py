@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hessops.errors import ArgumentTypeError, DeviceError, DtypeError, NonFiniteError, ShapeError
+from hessops.printed import Node, Printed, short_dtype
 
 
 class Operator(Protocol):
@@ -33,8 +34,8 @@ class Operator(Protocol):
         """The same operator, for many products."""
 
 
-@dataclass(frozen=True, eq=False)
-class LowRankProductRepresentation:
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRankProductRepresentation(Printed):
     r"""The matrix :math:`V D V^\top` of rank at most r.
 
     Attributes:
@@ -107,6 +108,14 @@ class LowRankProductRepresentation:
     def dtype(self) -> torch.dtype:
         """Dtype of both tensors."""
         return self.projections.dtype
+
+    def _node(self) -> Node:
+        size = len(self.projections)
+        clipped = ", positive part only" if self.clipped else ""
+        return Node(
+            f"LowRankProductRepresentation(rank={self.rank}{clipped})",
+            f"{size} x {size}, {short_dtype(self.dtype)}, {self.device}",
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """The same representation on another device."""

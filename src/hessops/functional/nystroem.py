@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from hessops.functional.low_rank import LowRankProductRepresentation, Operator
 from hessops.functional.precision import powers_of_two
 from hessops.randomness import resolved_generator, standard_normal
 from hessops.validation import checked_count, checked_number, resolved_device
+from hessops.warn import warn
 
 ShiftFunction = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
@@ -158,14 +158,13 @@ class NystroemSketch:
         smallest = torch.linalg.eigvalsh(core)[0].item()
         noise = len(basis) ** 0.5 * torch.finfo(basis.dtype).eps * image.norm().item()
         if smallest < -max(10 * noise, shift):
-            warnings.warn(
+            warn(
                 f"the matrix is not positive semi-definite: its sketch has the negative Ritz value "
                 f"{smallest * scale:.3e} (the largest product norm is "
                 f"{_largest_norm(image) * scale:.3e}); the "
                 "approximation is of its positive part on the sketch. Sketch a Gauss-Newton "
                 "matrix, or shift the operator, for one of the whole",
                 IndefiniteSketchWarning,
-                stacklevel=3,
             )
             return _positive_part(self._product, image, scale)
         # A negative Ritz value within rounding must not stop the Cholesky factorisation.

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from hessops.errors import ArgumentTypeError
+from hessops.printed import described
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
@@ -22,11 +23,18 @@ ALIASES: Mapping[str, str] = {
 SILENT = ("progress", "warn_on_max_iteration", "cache")
 
 
-def recorded_constructor(constructor: _Constructor) -> _Constructor:
+def recorded_constructor(
+    constructor: _Constructor, parent: Callable[..., None] | None = None
+) -> _Constructor:
     """A constructor that accepts the keywords of `ALIASES` and keeps its arguments.
 
     They are kept in ``_arguments``, defaults included; those of the subclass where constructors
     call each other.
+
+    Args:
+        constructor: Any ``__init__``.
+        parent: That of the class which takes what is in the ``**kwargs`` of this one, whose
+            keywords its signature then spells out.
 
     Raises:
         ArgumentTypeError: From the constructor: an argument is given under both of its names.
@@ -45,7 +53,20 @@ def recorded_constructor(constructor: _Constructor) -> _Constructor:
             self._arguments = _flat(signature, bound.arguments)
         constructor(self, *args, **kwargs)
 
+    if parent is not None:
+        construct.__signature__ = _spelled_out(signature, inspect.signature(parent))  # type: ignore[attr-defined]  # read by inspect
     return construct  # type: ignore[return-value]  # the same signature, by wraps
+
+
+def _spelled_out(signature: inspect.Signature, parent: inspect.Signature) -> inspect.Signature:
+    """A signature with the keywords of another in the place of its ``**kwargs``."""
+    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if len(kept) == len(signature.parameters):
+        return signature
+    names = {parameter.name for parameter in kept}
+    common = parent.parameters.values()
+    added = [p for p in common if p.kind is p.KEYWORD_ONLY and p.name not in names]
+    return signature.replace(parameters=[*kept, *added])
 
 
 def _renamed(
@@ -80,7 +101,7 @@ def changed_settings(model: object) -> list[str]:
     """The arguments beyond model and loss that are not the defaults, as ``name=value``."""
     parameters = inspect.signature(type(model).__init__).parameters
     return [
-        f"{name}={getattr(value, 'value', value)!r}"
+        f"{name}={described(value)}"
         for name, value in model._arguments.items()  # type: ignore[attr-defined]  # recorded above
         if name not in ("model", "loss")
         and (name not in parameters or parameters[name].default != value)

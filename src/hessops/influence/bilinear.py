@@ -8,11 +8,12 @@ from hessops.errors import ArgumentTypeError, ShapeError
 from hessops.influence.gradients import GradientProvider
 from hessops.operators.base import TensorOperator
 from hessops.operators.low_rank import LowRankOperator, LowRankProductOperator
+from hessops.printed import Node, Printed
 from hessops.streaming import Batch
 from hessops.validation import checked_rows
 
 
-class BilinearForm:
+class BilinearForm(Printed):
     r"""The bilinear form :math:`(u, v) \mapsto \langle A u, v\rangle` of an operator.
 
     Args:
@@ -37,6 +38,9 @@ class BilinearForm:
                 f"operator must be a TensorOperator, got {type(operator).__name__}"
             )
         self.operator = operator
+
+    def _node(self) -> Node:
+        return Node(f"{type(self).__name__}()", parts=[self.operator])
 
     @staticmethod
     def of(operator: TensorOperator) -> BilinearForm:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from types import FrameType
 
 from torch import nn
 
 from hessops.errors import ArgumentTypeError, ParameterNameError, UncoveredParametersWarning
 from hessops.influence.modes import BlockMode, checked_mode
 from hessops.space import ParameterSpace
+from hessops.warn import warn
 
 BlockStructure = BlockMode | str | Mapping[str, Sequence[str]]
 FULL = "full"
@@ -85,19 +83,9 @@ def _named_blocks(
     everything = ParameterSpace.from_model(model).names
     left_out = [name for name in everything if name not in covered.shapes]
     if left_out:
-        warnings.warn(
+        warn(
             f"block_structure leaves out the parameters {left_out}: influences are as if those "
             "were constants. Freeze them (requires_grad_(False)) to say so, or add them to a block",
             UncoveredParametersWarning,
-            stacklevel=_level_of_caller(),
         )
     return covered, spaces
-
-
-def _level_of_caller() -> int:
-    """The ``stacklevel`` of whoever called the library, however deep its constructors go."""
-    level = 0
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("hessops."):
-        level, frame = level + 1, frame.f_back
-    return level + 1

@@ -17,9 +17,10 @@ from hessops.influence.model import InfluenceFunctionModel
 from hessops.influence.modes import InfluenceMode, checked_mode
 from hessops.influence.ordered import OrderedBatches
 from hessops.influence.storage import ZarrArray
+from hessops.printed import Node, Printed, settings_of
 
 
-class SequentialInfluenceCalculator:
+class SequentialInfluenceCalculator(Printed):
     """Influences of collections, one batch of test points after the other.
 
     The factors of a batch of test points are computed once; then one pass over the training points
@@ -68,6 +69,9 @@ class SequentialInfluenceCalculator:
         self.progress = progress
         self.cache = cache
         self._provider = model.fitted.provider
+
+    def _node(self) -> Node:
+        return Node(settings_of(self, "progress", "cache"), parts=[self.model])
 
     def influence_factors(self, loader: Iterable[object]) -> LazyFactors:
         """The factors of a collection, ``(m, P)``, when they are asked for.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hessops.errors import ArgumentTypeError, DtypeError
+from hessops.printed import Node, Printed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,7 +52,7 @@ class ArrayConverter(Protocol):
         ...
 
 
-class TorchNumpyConverter:
+class TorchNumpyConverter(Printed):
     """Arrays as tensors and tensors as arrays, of the same dtype.
 
     Args:
@@ -69,6 +70,9 @@ class TorchNumpyConverter:
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         self.device = None if device is None else torch.device(device)
+
+    def _node(self) -> Node:
+        return Node(f"TorchNumpyConverter({self.device or 'host memory'})")
 
     def from_numpy(self, array: NumpyArray) -> Tensor:
         """The values of an array, in its memory where that can be written to and lies in a row.

@@ -40,12 +40,13 @@ from hessops.influence.description import Description, describe
 from hessops.influence.model import InfluenceFunctionModel
 from hessops.influence.modes import InfluenceMode, checked_mode
 from hessops.influence.storage import ChunkStore, ZarrArray, manifest_of
+from hessops.printed import Node, Printed, described
 from hessops.solvers import LissaOperator
 
 __all__ = ["DaskInfluenceCalculator", "TorchNumpyConverter", "torch_dataset_to_dask_array"]
 
 
-class DaskInfluenceCalculator:
+class DaskInfluenceCalculator(Printed):
     r"""Influences of collections as dask arrays, computed by the workers of a cluster.
 
     With :math:`f_i = (A + \lambda I)^{-1} \nabla\ell_i` the factors of m test points, the
@@ -117,6 +118,10 @@ class DaskInfluenceCalculator:
         self._token = hashlib.sha256(payload).hexdigest()[:32]
         self._delivery = _sent(payload, f"influence-model-{self._token}", client)
         self._made: dict[str, Origin] = {}
+
+    def _node(self) -> Node:
+        converter = Node(f"converter={described(self.converter)}")
+        return Node("DaskInfluenceCalculator()", parts=[converter, self.model])
 
     # --- lazy results --------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from hessops.influence.converter import NumpyArray
 from hessops.influence.dask_graphs import (
@@ -25,6 +24,7 @@ from hessops.influence.dask_tasks import digest_of_chunk, written
 from hessops.influence.description import Description, digest_of_description
 from hessops.influence.modes import InfluenceMode
 from hessops.influence.storage import ChunkStore
+from hessops.progress import progress_bar
 from hessops.validation import checked_count
 
 
@@ -124,16 +124,15 @@ def write_missing(
     (array,) = optimized([array])
     pending = set(client.compute(_writes(array, store, missing)))
     completed = imported("distributed").as_completed(list(pending))
-    bar = tqdm(desc="chunks", unit="chunk", total=total, disable=not progress)
-    with bar:
-        bar.update(total - len(missing))
+    with progress_bar("chunks", "chunk", total, show=progress, keep=True) as bar:
+        bar.advance(total - len(missing))
         try:
             for future in completed:
                 future.result()
                 # What is written is done with: a worker that dies later takes nothing of it along.
                 pending.discard(future)
                 future.release()
-                bar.update()
+                bar.advance()
         except BaseException:
             client.cancel(list(pending))
             raise

@@ -17,13 +17,14 @@ from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import BatchOperator, batch_operators
 from hessops.operators.diagonal import BlockDiagonalOperator
+from hessops.printed import Node, Printed, counted, named
 from hessops.processes import ONE_PROCESS
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch
 
 
-@dataclass(frozen=True)
-class TrainingData:
+@dataclass(frozen=True, repr=False)
+class TrainingData(Printed):
     """What a pass over the training data found; ``None`` for a curvature that has no data.
 
     Attributes:
@@ -57,6 +58,13 @@ class TrainingData:
         num_points = int(prints[0].partition(":")[0])
         return cls(num_points, " ".join(prints), digest_of_description(digests))
 
+    def _node(self) -> Node:
+        if self.num_points is None:
+            return Node("TrainingData(none)")
+        order = "" if self.order is None else f", order={self.order[:16]}…"
+        points = counted(self.num_points, "point")
+        return Node(f"TrainingData({points}, fingerprint={self.fingerprint}{order})")
+
 
 def _digests_of_batches(part: BatchOperator) -> list[Description]:
     """A hash of each batch; where several processes hold them, one for all of each process."""
@@ -72,8 +80,8 @@ def _digests_of_batches(part: BatchOperator) -> list[Description]:
     return list(own) if processes is ONE_PROCESS else [*map(str, everywhere)]
 
 
-@dataclass(frozen=True)
-class FittedBlock:
+@dataclass(frozen=True, repr=False)
+class FittedBlock(Printed):
     """What was fitted for one block of parameters.
 
     Attributes:
@@ -92,6 +100,12 @@ class FittedBlock:
     regularization: float
     inverse: TensorOperator
 
+    def _node(self) -> Node:
+        inverse = named("inverse", self.inverse)
+        mean = "" if self.mean_eigenvalue is None else f", mean_eigenvalue={self.mean_eigenvalue:g}"
+        label = f"FittedBlock(regularization={self.regularization:g}{mean})"
+        return Node(label, parts=[self.space, inverse])
+
     def to(self, device: torch.device | str) -> FittedBlock:
         """The same block on another device."""
         return replace(
@@ -103,8 +117,8 @@ class FittedBlock:
         )
 
 
-@dataclass(frozen=True)
-class FittedModel:
+@dataclass(frozen=True, repr=False)
+class FittedModel(Printed):
     """What `InfluenceFunctionModel.fit` found.
 
     Attributes:
@@ -118,6 +132,24 @@ class FittedModel:
     blocks: Mapping[str, FittedBlock]
     data: TrainingData
     randomness: str
+
+    def _node(self) -> Node:
+        return Node("FittedModel()", parts=[self.provider, self.data, *self._blocks()])
+
+    @property
+    def summary(self) -> str:
+        """What it is of, in a few words."""
+        count = self.data.num_points
+        points = [] if count is None else [counted(count, "point")]
+        parameters = counted(self.space.size, "parameter")
+        return ", ".join([*points, parameters, counted(len(self.blocks), "block")])
+
+    def _blocks(self) -> list[Node]:
+        """A line for each block."""
+        return [
+            Node(f"block {name!r}: {block.inverse._label()} of {block.space.size}")
+            for name, block in self.blocks.items()
+        ]
 
     @property
     def space(self) -> ParameterSpace:

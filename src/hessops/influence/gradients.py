@@ -28,6 +28,7 @@ from hessops.functional.seen import BatchMemory, SeenBatches
 from hessops.isolation import isolated
 from hessops.nested import tensor_leaves
 from hessops.objective import Objective
+from hessops.printed import Node, Printed
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch
 from hessops.validation import checked_rows, is_finite
@@ -39,7 +40,7 @@ from hessops.validation import checked_rows, is_finite
 JACOBIAN_MOVES, GRADIENT_MOVES, ROW_MOVES = 4, 12, 10
 
 
-class GradientProvider:
+class GradientProvider(Printed):
     r"""Derivatives of :math:`\ell_i(\theta)`, the loss on each point alone, at the objective's θ.
 
     Every batch is checked when it is first seen; see `Objective.check`. Flat vectors are in the
@@ -79,6 +80,9 @@ class GradientProvider:
         self._matrices = MatrixLayers(objective)
         self._seen = SeenBatches()
         self._moved: BatchMemory[Batch] = BatchMemory()
+
+    def _node(self) -> Node:
+        return Node("GradientProvider()", parts=[self.objective])
 
     @property
     def space(self) -> ParameterSpace:

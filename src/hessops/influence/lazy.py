@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hessops.errors import ArgumentError, DistributedError, ShapeError
 from hessops.files import digest_of_tensors
@@ -25,16 +24,21 @@ from hessops.influence.modes import InfluenceMode
 from hessops.influence.ordered import OrderedBatches, Placed
 from hessops.influence.storage import ChunkStore, ZarrArray, manifest_of
 from hessops.isolation import isolated
+from hessops.printed import Node, Printed, counted, size_of
+from hessops.progress import Bar, progress_bar
 from hessops.validation import checked_count
 
 # Chunks of a store are at least this large, where there are as many numbers.
 CHUNK_BYTES = 2**20
 
+# Test points, and training points of each, that are printed.
+SHOWN_POINTS = 5
+
 Wanted = Callable[[slice], bool]
 
 
-@dataclass(frozen=True)
-class Rows:
+@dataclass(frozen=True, repr=False)
+class Rows(Printed):
     """Some rows of the factors of a collection.
 
     Attributes:
@@ -45,8 +49,12 @@ class Rows:
     points: slice
     factors: Tensor | None
 
+    def _node(self) -> Node:
+        note = "not computed" if self.factors is None else size_of(self.factors)
+        return Node(f"Rows({_span(self.points)})", note)
 
-class FactorSource(ABC):
+
+class FactorSource(Printed, ABC):
     """The factors of m test points, some rows at a time."""
 
     @abstractmethod
@@ -67,8 +75,12 @@ class FactorSource(ABC):
     def first_size(self) -> int:
         """Rows that `rows` yields first."""
 
-    def require_resumable(self) -> None:  # noqa: B027  # what is there already is
+    def require_resumable(self) -> None:  # what is there already is
         """Raises `DistributedError` where some rows cannot be computed without the others."""
+
+    def _printed_points(self) -> Printed:
+        """What is printed of the test points."""
+        return self
 
     @abstractmethod
     def description(self, model: InfluenceFunctionModel) -> Description:
@@ -90,6 +102,10 @@ class GivenFactors(FactorSource):
         if not factors.shape[0]:
             raise ShapeError("factors has no rows: there is no test point")
         self._factors, self._read = factors, read
+
+    def _node(self) -> Node:
+        rows, columns = self._factors.shape
+        return Node(f"GivenFactors({type(self._factors).__name__})", f"{rows} x {columns}")
 
     def rows(self, wanted: Wanted) -> Iterator[Rows]:
         """As of `FactorSource`."""
@@ -141,18 +157,19 @@ class LazyFactors(FactorSource):
     ) -> None:
         self._model, self._batches, self._progress = model, batches, progress
 
+    def _node(self) -> Node:
+        return Node("LazyFactors()", parts=[self._batches, self._model])
+
+    def _printed_points(self) -> Printed:
+        return self._batches
+
     def __iter__(self) -> Iterator[Tensor]:
         """The factors of one batch after the other, ``(m_batch, P)`` on the model's device."""
-        bar = tqdm(
-            self.rows(lambda _: True),
-            total=self.num_pieces,
-            desc="influence factors",
-            unit="batch",
-            disable=not self._progress,
-        )
-        for rows in bar:
-            assert rows.factors is not None
-            yield rows.factors
+        with self._bar("batch", self.num_pieces) as bar:
+            for rows in self.rows(lambda _: True):
+                assert rows.factors is not None
+                yield rows.factors
+                bar.advance()
 
     def rows(self, wanted: Wanted) -> Iterator[Rows]:
         """The factors of the batches that are wanted, and ``None`` for the others."""
@@ -196,18 +213,16 @@ class LazyFactors(FactorSource):
                     self._batches.first(),
                 ),
             )
-            regular = regular_rows(self, rows, store.missing())
-            for block, factors in self._shown(regular, store.grid[0]):
-                store.write((block, 0), factors)
+            missing = store.missing()
+            with self._bar("chunk", store.grid[0]) as bar:
+                bar.advance(store.grid[0] - len(missing))
+                for block, factors in regular_rows(self, rows, missing):
+                    store.write((block, 0), factors)
+                    bar.advance()
             return store.reader()
 
-    def _shown(
-        self, blocks: Iterable[tuple[int, Tensor]], total: int
-    ) -> Iterable[tuple[int, Tensor]]:
-        bar: Iterable[tuple[int, Tensor]] = tqdm(
-            blocks, total=total, desc="influence factors", unit="chunk", disable=not self._progress
-        )
-        return bar
+    def _bar(self, unit: str, total: int | None) -> AbstractContextManager[Bar]:
+        return progress_bar("influence factors", unit, total, show=self._progress, keep=True)
 
     @property
     def num_points(self) -> int:
@@ -242,8 +257,8 @@ class LazyFactors(FactorSource):
         return points
 
 
-@dataclass(frozen=True)
-class InfluenceChunk:
+@dataclass(frozen=True, repr=False)
+class InfluenceChunk(Printed):
     """The influences of some training points on some test points.
 
     Attributes:
@@ -256,9 +271,13 @@ class InfluenceChunk:
     train: slice
     values: Tensor
 
+    def _node(self) -> Node:
+        where = f"test {_span(self.test)}, train {_span(self.train)}"
+        return Node(f"InfluenceChunk({where})", size_of(self.values))
 
-@dataclass(frozen=True, eq=False)
-class TopInfluences:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TopInfluences(Printed):
     """For each test point the training points of largest, or smallest, influence.
 
     Attributes:
@@ -270,8 +289,25 @@ class TopInfluences:
     values: Tensor
     indices: Tensor
 
+    def _node(self) -> Node:
+        count, k = self.values.shape
+        points = counted(count, "test point")
+        return Node(
+            f"TopInfluences(the {counted(k, 'training point')} for each of {points})",
+            parts=[Node(self._row(number)) for number in range(min(count, SHOWN_POINTS))]
+            + ([Node(f"… {count - SHOWN_POINTS} more")] if count > SHOWN_POINTS else []),
+        )
 
-class LazyInfluences:
+    def _row(self, number: int) -> str:
+        """The training points of a test point with their influences, a few of them."""
+        indices = self.indices[number, :SHOWN_POINTS].tolist()
+        values = self.values[number, :SHOWN_POINTS].tolist()
+        pairs = [f"{i}: {v:.3g}" for i, v in zip(indices, values, strict=True)]
+        more = ", …" if self.values.shape[1] > SHOWN_POINTS else ""
+        return f"test point {number} <- {', '.join(pairs)}{more}"
+
+
+class LazyInfluences(Printed):
     """The influences of n training points on m test points, chunk by chunk.
 
     Made by `SequentialInfluenceCalculator`. Nothing is computed until it is asked for, and nothing
@@ -309,6 +345,10 @@ class LazyInfluences:
         self.mode = mode
         self._progress = progress
 
+    def _node(self) -> Node:
+        parts = [self._factors._printed_points(), self._train, self._model]
+        return Node(f"LazyInfluences(mode={str(self.mode)!r})", parts=parts)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """``(m, n)``, for PERTURBATION with the dimensions of an input; takes a pass over both."""
@@ -326,13 +366,13 @@ class LazyInfluences:
             DistributedError: Factors are to be solved for by several processes together.
         """
         self._factors.require_resumable()
-        with self._bar() as bar:
+        with self._bar(self._num_chunks()) as bar:
             for rows in self._factors.rows(lambda _: True):
                 assert rows.factors is not None
                 for placed in self._train:
                     values = self._scored(rows.factors, placed)
                     yield InfluenceChunk(rows.points, placed.points, values)
-                    self._advance(bar)
+                    bar.advance()
 
     def _scored(self, factors: Tensor, placed: Placed) -> Tensor:
         """The influences of a batch.
@@ -351,15 +391,13 @@ class LazyInfluences:
         with isolated(self._model.space.device):
             return self._model.scores_of(factors, placed.batch, self.mode)
 
-    def _bar(self) -> tqdm[NoReturn]:
-        return tqdm(desc="influences", unit="chunk", disable=not self._progress)
+    def _bar(self, total: int | None) -> AbstractContextManager[Bar]:
+        return progress_bar("influences", "chunk", total, show=self._progress, keep=True)
 
-    def _advance(self, bar: tqdm[NoReturn]) -> None:
-        # How many there are is known after a first pass over both.
+    def _num_chunks(self) -> int | None:
+        """How many `__iter__` yields, where that is known."""
         tests, trains = self._factors.num_pieces, self._train.num_batches
-        if bar.total is None and tests is not None and trains is not None:
-            bar.total = tests * trains
-        bar.update()
+        return None if tests is None or trains is None else tests * trains
 
     def compute(self) -> Tensor:
         """All of them in host memory, ``(m, n)`` or ``(m, n, *x.shape[1:])``."""
@@ -428,10 +466,9 @@ class LazyInfluences:
         self._factors.require_resumable()
         with isolated(self._model.space.device):
             store = self._store(path, row_chunk, column_chunk)
-            with self._bar() as bar:
-                missing = store.missing()
-                bar.total = prod(store.grid)
-                bar.update(bar.total - sum(map(len, missing.values())))
+            missing, total = store.missing(), prod(store.grid)
+            with self._bar(total) as bar:
+                bar.advance(total - sum(map(len, missing.values())))
                 self._fill(store, missing, bar)
             return store.reader()
 
@@ -466,14 +503,12 @@ class LazyInfluences:
             return self._model.space.dtype
         return require_floating(self._train.first().x).dtype
 
-    def _fill(
-        self, store: ChunkStore, missing: Mapping[int, set[int]], bar: tqdm[NoReturn]
-    ) -> None:
+    def _fill(self, store: ChunkStore, missing: Mapping[int, set[int]], bar: Bar) -> None:
         """Computes and writes the chunks that a store does not hold, row -> columns."""
         for row, factors in regular_rows(self._factors, store.chunks[0], missing):
             for column, values in self._columns(factors, store.chunks[1], missing[row]):
                 store.write((row, column), values)
-                bar.update()
+                bar.advance()
 
     def _columns(
         self, factors: Tensor, width: int, wanted: Container[int]
@@ -489,6 +524,10 @@ class LazyInfluences:
             for placed in self._train
         )
         return regrouped(pieces, width, self._train.survey().num_points, wanted, dim=1)
+
+
+def _span(points: slice) -> str:
+    return f"{points.start}:{points.stop}"
 
 
 def _blocks_of(points: slice, width: int) -> range:

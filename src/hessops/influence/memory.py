@@ -17,6 +17,7 @@ from hessops.influence.modes import InfluenceMode
 from hessops.influence.ordered import OrderedBatches
 from hessops.isolation import isolated
 from hessops.objective import Objective
+from hessops.printed import Node, Printed
 from hessops.streaming import Batch
 
 # Vectors as long as the right-hand sides that a solver keeps (solution, residual, direction,
@@ -24,8 +25,8 @@ from hessops.streaming import Batch
 SOLVER_VECTORS = 8
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
+@dataclass(frozen=True, repr=False)
+class MemoryEstimate(Printed):
     """Peak memory of each stage in bytes, beside the model itself.
 
     They are a model of what is held, from one batch of each collection, good to a factor of two or
@@ -57,8 +58,18 @@ class MemoryEstimate:
         return self.fit + max(self.gradients, self.factors, self.scores)
 
     def __str__(self) -> str:
+        return "\n".join(f"{name:<10}{size:>6.1f} MiB" for name, size in self._sizes().items())
+
+    def _sizes(self) -> dict[str, float]:
+        """The stages in MiB."""
         stages = ("fit", "gradients", "factors", "scores", "result")
-        return "\n".join(f"{name:<10}{getattr(self, name) / 2**20:>6.1f} MiB" for name in stages)
+        return {name: getattr(self, name) / 2**20 for name in stages}
+
+    def _node(self) -> Node:
+        return Node(
+            f"MemoryEstimate(peak {self.peak / 2**20:.1f} MiB)",
+            parts=[Node(f"{name} {size:.1f} MiB") for name, size in self._sizes().items()],
+        )
 
 
 def estimated_memory(

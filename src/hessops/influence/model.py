@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping
@@ -61,11 +62,14 @@ from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import DiagonalBlock
 from hessops.operators.eigen import EigenOperator
 from hessops.point_loss import Loss, Reduction
+from hessops.printed import Node, Printed, counted, name_of
 from hessops.processes import ONE_PROCESS
 from hessops.randomness import resolved_generator
 from hessops.space import ParameterSpace
 from hessops.streaming import Batch, BatchStream
 from hessops.streaming import Unpack as RawUnpack
+
+logger = logging.getLogger(__name__)
 
 CURVATURES: Mapping[SecondOrderMode, type[CurvatureOperator]] = {
     SecondOrderMode.HESSIAN: HessianOperator,
@@ -84,7 +88,7 @@ class CommonSettings(TypedDict, total=False):
     generator: torch.Generator | None
 
 
-class InfluenceFunctionModel(ABC):
+class InfluenceFunctionModel(Printed, ABC):
     r"""Influences of training points on the losses of other points.
 
     With :math:`g(z) = \nabla_\theta \ell(z; \theta)` and A the curvature of the mean training loss
@@ -149,7 +153,7 @@ class InfluenceFunctionModel(ABC):
         """Lets every constructor accept the historical keywords, and remember its arguments."""
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = recorded_constructor(cls.__init__)  # type: ignore[method-assign]  # same signature
+            cls.__init__ = recorded_constructor(cls.__init__, InfluenceFunctionModel.__init__)  # type: ignore[method-assign]  # same signature
 
     @recorded_constructor
     def __init__(
@@ -250,6 +254,7 @@ class InfluenceFunctionModel(ABC):
                 and the operator that inverts.
         """
         self._fit = self._fitted_on(dataloader)
+        logger.info("%s is fitted: %s", type(self).__name__, self._fit.summary)
         return self
 
     def _fitted_on(
@@ -743,18 +748,14 @@ class InfluenceFunctionModel(ABC):
         # Who holds the data has no part in what is computed from all of them.
         return {**settings, "averaging": self.averaging.within_process}
 
-    def __repr__(self) -> str:
-        loss = getattr(self.loss, "__name__", type(self.loss).__name__)
-        shown = [type(self.model).__name__, str(loss), *changed_settings(self)]
+    def _node(self) -> Node:
+        shown = [type(self.model).__name__, name_of(self.loss), *changed_settings(self)]
         head = f"{type(self).__name__}({', '.join(shown)})"
         if self._fit is None:
-            return f"{head}, not fitted"
+            return Node(f"{head}, not fitted")
         count = self._fit.data.num_points
-        points = "" if count is None else f" on {count} points"
-        lines = [f"{head}, fitted{points}"]
-        for name, block in self._fit.blocks.items():
-            lines.append(f"   block {name!r}: {block.inverse._label()} of {block.space.size}")
-        return "\n".join(lines)
+        points = "" if count is None else f" on {counted(count, 'point')}"
+        return Node(f"{head}, fitted{points}", parts=self._fit._blocks())
 
     _arguments: Mapping[str, object]
 

@@ -11,7 +11,8 @@ from torch.utils.data.distributed import DistributedSampler
 from hessops.errors import DataChangedError, DataError
 from hessops.influence.description import digest_of_batch, digest_of_description
 from hessops.influence.gradients import GradientProvider
-from hessops.streaming import Batch, BatchStream, Unpack
+from hessops.printed import Node, Printed, counted
+from hessops.streaming import Batch, BatchStream, Unpack, known_length
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -57,7 +58,7 @@ class Survey:
         return digest_of_description(list(self.digests))
 
 
-class OrderedBatches:
+class OrderedBatches(Printed):
     """The batches of a loader in an order that is the same in every pass.
 
     The first pass checks every batch (see `Objective.check`) and notes its size and a hash; later
@@ -100,6 +101,14 @@ class OrderedBatches:
         self._name = name
         self._survey: Survey | None = None
         self._first: Batch | None = None
+
+    def _node(self) -> Node:
+        data = type(self._stream.data).__name__
+        if self._survey is None:
+            return Node(f"{self._name}: {data}, points not yet counted")
+        points = counted(self._survey.num_points, "point")
+        batches = counted(len(self._survey.sizes), "batch", "batches")
+        return Node(f"{self._name}: {data}, {points} in {batches}")
 
     def __iter__(self) -> Iterator[Placed]:
         """One pass.
@@ -151,8 +160,8 @@ class OrderedBatches:
 
     @property
     def num_batches(self) -> int | None:
-        """Number of batches, where it is known."""
-        return None if self._survey is None else len(self._survey.sizes)
+        """Number of batches, or before the first pass what the loader says of it, if anything."""
+        return known_length(self._stream.data) if self._survey is None else len(self._survey.sizes)
 
 
 def _refuse_shuffling(data: object, name: str) -> None:

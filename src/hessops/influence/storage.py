@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -25,6 +26,7 @@ from hessops.influence.kept import tensors_of_kept
 from hessops.influence.model import InfluenceFunctionModel
 from hessops.operators.base import TensorOperator
 from hessops.operators.curvature import batch_operators
+from hessops.printed import Node, Printed
 from hessops.solvers import LissaOperator
 from hessops.streaming import Batch
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     ZarrArray: TypeAlias = Array[Any]
 else:
     ZarrArray = object
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "hessops.json"
 CHECKSUM_BYTES = 4
@@ -122,7 +126,7 @@ def _zarr() -> Any:
     return zarr
 
 
-class ChunkStore:
+class ChunkStore(Printed):
     """A zarr array whose chunks are written once, each whole or not at all.
 
     Args:
@@ -136,6 +140,11 @@ class ChunkStore:
     def __init__(self, path: Path, array: ZarrArray) -> None:
         self._path = path
         self.array = array
+
+    def _node(self) -> Node:
+        shape, chunks = (" x ".join(map(str, sizes)) for sizes in (self.array.shape, self.chunks))
+        label = f"ChunkStore({self._path.name}, in chunks of {chunks})"
+        return Node(label, f"{shape}, {self.array.dtype}")
 
     @classmethod
     def open(
@@ -181,7 +190,11 @@ class ChunkStore:
                 f"{path} holds an array of (shape, chunks, dtype) {found}, its manifest says "
                 f"{expected}: delete it"
             )
-        return cls(path, array)
+        store = cls(path, array)
+        if logger.isEnabledFor(logging.INFO):
+            absent, total = sum(map(len, store.missing().values())), prod(store.grid[:2])
+            logger.info("%s: %d of %d chunks are there", path, total - absent, total)
+        return store
 
     @property
     def chunks(self) -> tuple[int, ...]:

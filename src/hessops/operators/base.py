@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from hessops.errors import (
 from hessops.interop.scipy import as_linear_operator
 from hessops.isolation import isolated
 from hessops.operators.linearized import GraphMemory, Linearization
+from hessops.printed import Node, Printed, short_dtype
 from hessops.processes import ONE_PROCESS, Processes
 from hessops.space import ParameterSpace
 from hessops.validation import (
@@ -38,11 +39,13 @@ from hessops.validation import (
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+_Inverse = TypeVar("_Inverse", bound="TensorOperator")
+
 # Rows of the identity that go through one application in `to_dense`.
 DENSE_CHUNK_BYTES = 2**28
 
 
-class TensorOperator(ABC):
+class TensorOperator(Printed, ABC):
     r"""A linear map A on :math:`R^n`, known by its products with vectors.
 
     A subclass states size, dtype and device to this constructor and defines *one* hook:
@@ -84,16 +87,6 @@ class TensorOperator(ABC):
     # numpy scalars would try to turn an operator into an array before asking it.
     __array_ufunc__: ClassVar[None] = None
 
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        """Refuses a class that defines neither hook, as abstract methods would."""
-        defines_rows = cls._apply_rows is not TensorOperator._apply_rows
-        if not defines_rows and cls._apply_vector is TensorOperator._apply_vector:
-            raise TypeError(
-                f"Can't instantiate abstract class {cls.__name__}: define _apply_rows for a stack "
-                "of rows, or _apply_vector for one vector"
-            )
-        return super().__new__(cls)
-
     def __init__(
         self,
         input_size: int,
@@ -104,6 +97,7 @@ class TensorOperator(ABC):
         positive_semidefinite: bool | None = None,
         space: ParameterSpace | None = None,
     ) -> None:
+        _require_hook(type(self))
         if not dtype.is_floating_point:
             raise DtypeError(f"dtype must be a real floating-point one, got {dtype}")
         if input_size < 1:
@@ -171,7 +165,7 @@ class TensorOperator(ABC):
 
     def _label(self) -> str:
         """The operator's own line in the printed tree, without size, dtype and device."""
-        return type(self).__name__
+        return type(self).__name__.lstrip("_")
 
     # --- what it is ----------------------------------------------------------------------
 
@@ -358,6 +352,12 @@ class TensorOperator(ABC):
         """
         return self if self.symmetric else self._algebra.transposed(self)
 
+    @overload
+    def inverse(self, solver: None = None) -> TensorOperator: ...
+
+    @overload
+    def inverse(self, solver: Callable[[TensorOperator], _Inverse]) -> _Inverse: ...
+
     def inverse(
         self, solver: Callable[[TensorOperator], TensorOperator] | None = None
     ) -> TensorOperator:
@@ -468,10 +468,13 @@ class TensorOperator(ABC):
             )
         return lower
 
-    def to(self, device: torch.device | str) -> TensorOperator:
+    def to(self, device: torch.device | str) -> Self:
         """The same operator on another device; parts and fitted state move along."""
         resolved = resolved_device(device)
-        return self if resolved == self.device else self._move(resolved)
+        if resolved == self.device:
+            return self
+        # A sum moves to a sum, and so does each kind; the hook need not say so.
+        return cast("Self", self._move(resolved))
 
     def refresh(self) -> Self:
         """Lets every part take a new copy of the model it was built from; returns itself."""
@@ -530,19 +533,27 @@ class TensorOperator(ABC):
         """
         return as_linear_operator(self)
 
-    def __repr__(self) -> str:
-        return "\n".join(self._tree())
+    def _node(self) -> Node:
+        size = f"{self.input_size} x {self.input_size}"
+        note = f"{size}, {short_dtype(self.dtype)}, {self.device}"
+        return Node(self._label(), note, self._printed_parts(), of=self)
 
-    def _tree(self) -> list[str]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        lines = [f"{self._label()} [{self.input_size} x {self.input_size}, {dtype}, {self.device}]"]
-        children = self._children()
-        for position, child in enumerate(children, start=1):
-            is_last = position == len(children)
-            first, *rest = child._tree()
-            lines.append(("└─ " if is_last else "├─ ") + first)
-            lines += [("   " if is_last else "│  ") + line for line in rest]
-        return lines
+    def _printed_parts(self) -> Sequence[Node | Printed]:
+        """What is printed below the operator's own line."""
+        return self._children()
+
+
+def _require_hook(kind: type[TensorOperator]) -> None:
+    """Refuses a class that defines neither hook for products, as abstract methods would.
+
+    It is no ``__new__``: editors and `inspect.signature` would show its arguments.
+    """
+    defines_rows = kind._apply_rows is not TensorOperator._apply_rows
+    if not defines_rows and kind._apply_vector is TensorOperator._apply_vector:
+        raise TypeError(
+            f"Can't instantiate abstract class {kind.__name__}: define _apply_rows for a stack "
+            "of rows, or _apply_vector for one vector"
+        )
 
 
 class CompositeOperator(TensorOperator):

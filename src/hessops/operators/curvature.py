@@ -278,15 +278,17 @@ class BatchOperator(TensorDictOperator):
     def _label(self) -> str:
         points = self.stream.num_points
         count = "points not yet counted" if points is None else f"{points} points"
-        kept = ", kept on the device" if self.stream.is_cached else ""
-        retained = "" if self._graphs is None else f", {self._graphs.description}"
-        operation, lower = self.batch_operation, ""
+        shown = [self._source(), count]
+        if self.stream.is_cached:
+            shown.append("cached")
+        if self._graphs is not None:
+            shown.append(self._graphs.description)
+        if type(self.averaging) is not PointAveraging:
+            shown.append(repr(self.averaging))
+        operation = self.batch_operation
         if isinstance(operation, LowerPrecisionBatchOperation):
-            lower = f", products in {operation.product_dtype}"
-        return (
-            f"{type(self).__name__}({self._source()}, {count}{kept}{retained}, {self.averaging!r}"
-            f"{lower})"
-        )
+            shown.append(f"products in {operation.product_dtype}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _source(self) -> str:
         return type(self.batch_operation).__name__
@@ -539,6 +541,10 @@ class InverseHarmonicMeanOperator(BatchOperator):
         if not isinstance(operation, InverseHarmonicMeanBatchOperation):
             raise ArgumentTypeError("the batch operation was replaced by another kind")
         return operation
+
+    def _source(self) -> str:
+        model = type(self._operation.objective.model).__name__
+        return f"{model}, regularization={self.regularization:g}"
 
     def with_regularization(self, regularization: float) -> Self:
         """The same operator for another λ > 0; the copy of the model and the data are shared."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from hessops.operators.damping import Regularization, by_block, resolved
 from hessops.operators.eigen import EigenOperator
 from hessops.operators.inverse import DirectInverse
 from hessops.operators.kronecker_block import KroneckerOperator
+from hessops.printed import described
 from hessops.space import ParameterSpace
 
+_Inverse = TypeVar("_Inverse", bound=TensorOperator)
 DampingKind = Literal["exact", "factored-tikhonov"]
 DAMPING_KINDS = ("exact", "factored-tikhonov")
 
@@ -92,6 +94,24 @@ class BlockEigenOperator(EigenOperator, TensorDictOperator):
     def cutoff(self) -> Tensor:
         """The size up to which eigenvalues are taken for rounding, ``(n,)``, by block."""
         return torch.cat([b.cutoff.expand(b.input_size) for b in self.blocks.values()])
+
+    @overload
+    def inverse(
+        self,
+        solver: None = None,
+        *,
+        regularization: Regularization = None,
+        damping: DampingKind = "exact",
+    ) -> KfacInverse: ...
+
+    @overload
+    def inverse(
+        self,
+        solver: Callable[[TensorOperator], _Inverse],
+        *,
+        regularization: None = None,
+        damping: Literal["exact"] = "exact",
+    ) -> _Inverse: ...
 
     def inverse(
         self,
@@ -263,7 +283,7 @@ class KfacInverse(DirectInverse):
         shown = (
             f"{self.regularization:g}"
             if len(set(values.values())) == 1
-            else "{" + ", ".join(f"{name!r}: {value:g}" for name, value in values.items()) + "}"
+            else described({name: float(f"{value:.6g}") for name, value in values.items()})
         )
         kind = "" if self.damping == "exact" else f", damping={self.damping!r}"
         return f"KfacInverse(regularization={shown}{kind})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,8 +30,9 @@ from hessops.operators.base import TensorOperator
 from hessops.operators.outcomes import Outcomes, Problem
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.validation import checked_number, checked_regularization, checked_rows
+from hessops.warn import warn
 
-logger = logging.getLogger("hessops")
+logger = logging.getLogger(__name__)
 
 _ERRORS: dict[SolveStatus, type[SolverError]] = {
     SolveStatus.INDEFINITE: IndefiniteOperatorError,
@@ -159,6 +159,9 @@ class InverseOperator(TensorOperator):
                 if len(rows)
                 else _empty_solution(rows)
             )
+        # The outcome is read from the device: only for those who want to know.
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s.solve: %s", type(self).__name__, " ".join(solution.report().split()))
         return solution if rhs.ndim == 2 else replace(solution, value=solution.value[0])
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
@@ -181,12 +184,12 @@ class InverseOperator(TensorOperator):
                 raise error(self._message(solution, status))
         for status in (SolveStatus.MAX_ITERATIONS, SolveStatus.STAGNATED):
             if status in solution.status:
-                message = self._message(solution, status)
                 if self.warn_on_max_iteration:
-                    logger.warning(message)
-                    warnings.warn(message, ConvergenceWarning, stacklevel=4)
-                else:
-                    logger.debug(message)
+                    message = self._message(solution, status)
+                    logger.warning("%s", message)
+                    warn(message, ConvergenceWarning)
+                elif logger.isEnabledFor(logging.DEBUG):
+                    logger.debug("%s", self._message(solution, status))
 
     def _message(self, solution: Solution, status: SolveStatus) -> str:
         which = [i for i, s in enumerate(solution.status) if s is status]

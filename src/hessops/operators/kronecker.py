@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hessops.batch.averaging import Averaging
 from hessops.batch.kronecker import (
@@ -41,6 +41,7 @@ from hessops.operators.kronecker_block import KroneckerOperator
 from hessops.operators.kronecker_file import save_factors
 from hessops.point_loss import Loss, Reduction
 from hessops.processes import ONE_PROCESS, Processes
+from hessops.progress import progress_bar
 from hessops.randomness import resolved_generator
 from hessops.space import RestrictTo
 from hessops.streaming import Batch, Unpack
@@ -48,6 +49,8 @@ from hessops.validation import (
     checked_count,
     require_single_or_double,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class KfacOperator(BlockEigenOperator):
@@ -203,6 +206,7 @@ class KfacOperator(BlockEigenOperator):
             blocks = self._decomposed(estimation, statistics)
             if self.corrects_eigenvalues and estimation.layers:
                 blocks = self._corrected(estimation, blocks)
+        logger.info("%s: %d blocks are decomposed", type(self).__name__, len(blocks))
         return blocks
 
     def _factors(self, estimation: KroneckerEstimation) -> list[Tensor]:
@@ -382,13 +386,12 @@ class KfacOperator(BlockEigenOperator):
         self, matrices: Mapping[tuple[str, str], Tensor]
     ) -> Iterator[tuple[tuple[str, str], Tensor]]:
         ordered = sorted(matrices.items(), key=lambda item: -item[1].shape[-1])
-        if not self._progress or self.curvature.processes.rank:
-            yield from ordered
-            return
-        with tqdm(ordered, desc="decompositions", unit="factor", leave=False) as bar:
-            for key, matrix in bar:
-                bar.set_postfix_str(f"{key[0]} {key[1]}, {matrix.shape[-1]}")
+        show = self._progress and not self.curvature.processes.rank
+        with progress_bar("decompositions", "factor", len(ordered), show=show) as bar:
+            for key, matrix in ordered:
+                bar.say(factor=f"{key[0]} {key[1]}", size=matrix.shape[-1])
                 yield key, matrix
+                bar.advance()
 
     def _eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues, without the negative ones of rounding, and eigenvectors."""
@@ -446,7 +449,7 @@ class KfacOperator(BlockEigenOperator):
 
     def _move(self, device: torch.device) -> Self:
         moved = super()._move(device)
-        moved.curvature = self.curvature.to(device)  # type: ignore[assignment]  # of the same type
+        moved.curvature = self.curvature.to(device)
         return moved
 
     def _children(self) -> Sequence[TensorOperator]:

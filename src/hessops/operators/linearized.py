@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from hessops.batch.operation import AddRows, BatchOperation
 from hessops.streaming import Batch, BatchStream
+
+logger = logging.getLogger(__name__)
 
 _Part = TypeVar("_Part")
 
@@ -165,6 +168,7 @@ class RetainedGraphs:
             self.memory.used -= reserved
             raise
         self._pieces, self._reserved = pieces, reserved
+        logger.debug("%s, in %s bytes", self.description, f"{reserved:,}")
 
 
 def _groups(

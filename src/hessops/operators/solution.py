@@ -8,6 +8,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from hessops.printed import Node, Printed, counted, size_of
+
 
 class SolveStatus(StrEnum):
     """How the solve for one right-hand side ended; compares equal to its string.
@@ -69,8 +71,8 @@ _ADVICE = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
+@dataclass(frozen=True, eq=False, repr=False)
+class Solution(Printed):
     """The solution of A X = B, by right-hand side.
 
     Attributes:
@@ -131,15 +133,32 @@ class Solution:
         zero = self.rhs_norms == 0
         return torch.where(zero, 0.0, self.residual_norms / torch.where(zero, 1.0, self.rhs_norms))
 
-    def __repr__(self) -> str:
-        counts = {s: self.status.count(s) for s in SolveStatus if s in self.status}
-        outcome = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none"
-        worst = self.relative_residual_norms.max().item() if self.status else 0.0
-        most = int(self.iterations.max()) if self.status else 0
-        return (
-            f"Solution({len(self.status)} right-hand sides: {outcome}; at most {most} iterations; "
-            f"worst relative residual {worst:.1e}; {self.num_applications} applications)"
+    def _node(self) -> Node:
+        rows = counted(len(self.status), "right-hand side")
+        lines = [self._outcome(status) for status in SolveStatus if status in self.status]
+        spent = f"{counted(self.num_applications, 'application')} of the operator"
+        if self.num_preconditioner_applications:
+            spent += f", {self.num_preconditioner_applications} of the preconditioner"
+        return Node(
+            f"Solution({rows})",
+            size_of(self.value),
+            [Node(line) for line in [*lines, spent]],
+            details=[*self._remarks(), *([self.detail] if self.detail else [])],
         )
+
+    def _outcome(self, status: SolveStatus) -> str:
+        """A line for the right-hand sides that ended in one way."""
+        rows = [i for i, s in enumerate(self.status) if s is status]
+        worst = self.relative_residual_norms[rows].max().item()
+        iterations = counted(int(self.iterations[rows].max()), "iteration")
+        at_most = "at most " if len(rows) > 1 else ""
+        residual = f"relative residual {at_most}{worst:.1e}"
+        return f"{len(rows)} {status}: {at_most}{iterations}, {residual}"
+
+    def _remarks(self) -> list[str]:
+        """The advice on what did not converge."""
+        unlike = [s for s in SolveStatus if s in self.status and s is not SolveStatus.CONVERGED]
+        return [f"{status}: {status.advice}" for status in unlike]
 
     def report(self) -> str:
         """Some lines to read: the outcomes with their advice, residuals, and what it took."""

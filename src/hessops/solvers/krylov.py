@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hessops.errors import ArgumentTypeError, StructureError
 from hessops.operators.algebra import require_compatible
@@ -16,12 +17,16 @@ from hessops.operators.inverse import DirectInverse, InverseOperator, checked_rt
 from hessops.operators.outcomes import CountedMap, Problem, Run
 from hessops.operators.solution import Solution
 from hessops.preconditioners import Preconditioner
+from hessops.printed import Node, Printed, named
+from hessops.progress import progress_bar
 from hessops.validation import (
     checked_count,
     checked_number,
     checked_regularization,
     require_single_or_double,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class KrylovOperator(InverseOperator):
@@ -99,6 +104,7 @@ class KrylovOperator(InverseOperator):
             if self._fitted is None:
                 self._fitted = self.preconditioner.fit(operator, self.regularization)
                 _check_preconditioner(self._fitted, self.operator)
+                logger.debug("%s fitted %s", type(self).__name__, self._fitted._label())
             return self._fitted
         return self.preconditioner
 
@@ -119,14 +125,12 @@ class KrylovOperator(InverseOperator):
         )
         run = self._begin(problem)
         system = operator.shift(self.regularization)
-        with tqdm(
-            total=self.maxiter, desc=self._method(), leave=False, disable=not self.progress
-        ) as bar:
+        with progress_bar(self._method(), "step", self.maxiter, show=self.progress) as bar:
             while not run.is_finished():
                 run.advance(system._product(run.vectors()))
-                if self.progress:
-                    bar.set_postfix(worst_residual=f"{run.worst_residual():.1e}")
-                    bar.update(int(run.iterations.max()) - bar.n)
+                if bar.is_shown:
+                    bar.say(worst_residual=f"{run.worst_residual():.1e}")
+                    bar.advance_to(int(run.iterations.max()))
         return run.solution(system._product)
 
     def with_regularization(self, regularization: float | None) -> Self:
@@ -169,11 +173,12 @@ class KrylovOperator(InverseOperator):
             f"rtol={self.rtol:g}",
             f"atol={self.atol:g}",
         ]
-        if isinstance(self.preconditioner, Preconditioner):
-            settings.append(f"preconditioner={self.preconditioner!r}")
-        elif self.preconditioner is not None:
-            settings.append(f"preconditioner={self.preconditioner._label()}")
         return f"{type(self).__name__}({', '.join(settings)})"
+
+    def _printed_parts(self) -> Sequence[Node | Printed]:
+        if self.preconditioner is None:
+            return self._children()
+        return (*self._children(), named("preconditioner", self.preconditioner))
 
 
 def _counted(preconditioner: TensorOperator | None) -> CountedMap:

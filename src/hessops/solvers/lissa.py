@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NoReturn, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hessops.batch.averaging import Averaging
 from hessops.batch.operation import BatchOperation
@@ -31,6 +29,7 @@ from hessops.operators.inverse import InverseOperator
 from hessops.operators.outcomes import CODE, Outcomes, Problem
 from hessops.operators.solution import Solution, SolveStatus
 from hessops.processes import ONE_PROCESS
+from hessops.progress import Bar, progress_bar
 from hessops.randomness import resolved_generator
 from hessops.streaming import BatchStream, Unpack
 from hessops.validation import (
@@ -39,6 +38,7 @@ from hessops.validation import (
     checked_rows,
     require_single_or_double,
 )
+from hessops.warn import warn
 
 RowsProduct = Callable[[Tensor], Tensor]
 Scale = float | Literal["auto"]
@@ -125,12 +125,11 @@ def lissa_recursion(
 def _warn_of_growth(first: Tensor, last: Tensor, scale: float) -> None:
     growing = last > GROWTH_LIMIT * first
     if growing.any():
-        warnings.warn(
+        warn(
             f"the updates of LiSSA grew more than {GROWTH_LIMIT}-fold for {int(growing.sum())} of "
             f"{len(first)} right-hand sides: the recursion diverges or its batches are too noisy. "
             f"Raise scaling (now {scale:g}), damping or the batch size",
             ConvergenceWarning,
-            stacklevel=4,
         )
 
 
@@ -387,12 +386,8 @@ class LissaOperator(InverseOperator):
             _Chain(problem, first, self.dampen, scale, patience, outcomes if number == 0 else None)
             for number in range(self.num_chains)
         ]
-        with tqdm(
-            total=self.maxiter * self.num_chains,
-            desc="LiSSA",
-            leave=False,
-            disable=not self.progress,
-        ) as bar:
+        steps = self.maxiter * self.num_chains
+        with progress_bar("LiSSA", "step", steps, show=self.progress) as bar:
             for number, chain in enumerate(chains):
                 self._run(chain, self._steps.replay(_seed(source), number, self.num_chains), bar)
         return self._concluded(problem, outcomes, chains, scale)
@@ -412,7 +407,7 @@ class LissaOperator(InverseOperator):
         usable = first.norm(dim=1, keepdim=True).isfinite()
         return torch.where(usable, first, problem.rhs)
 
-    def _run(self, chain: _Chain, products: Iterator[RowsProduct], bar: tqdm[NoReturn]) -> None:
+    def _run(self, chain: _Chain, products: Iterator[RowsProduct], bar: Bar) -> None:
         """Steps until every row of a chain is verified, has diverged or the steps are used up."""
         while not chain.is_finished():
             product = next(products)
@@ -420,9 +415,9 @@ class LissaOperator(InverseOperator):
             quiet = chain.quiet_rows(self._steps.period)
             if bool(quiet.any()):
                 chain.verify(quiet, self.system._product)
-            if self.progress:
-                bar.set_postfix(largest_update=f"{chain.largest_update():.1e}")
-                bar.update()
+            if bar.is_shown:
+                bar.say(largest_update=f"{chain.largest_update():.1e}")
+                bar.advance()
 
     def _concluded(
         self, problem: Problem, outcomes: Outcomes, chains: list[_Chain], scale: float
