@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hessops.reporting.images import Bytes, Floats, image_element
+from hessops.reporting.images import Bytes, Floats, has_many_pixels, image_element
 from hessops.reporting.markup import Html, count, cut, element, foreign, joined, number, table
 from hessops.reporting.points import Reader, Shown
 from hessops.reporting.summary import Extremes, ScoreSummary
@@ -136,23 +136,27 @@ def _range_of(images: Iterable[Floats | Bytes]) -> tuple[float, float]:
 
 
 def _pictured(case: Case, low: float, high: float) -> Html:
+    images = [point.image for point in case.points() if point.image is not None]
+    is_large = any(has_many_pixels(image) for image in images)
+    kind = "examples large" if is_large else "examples"
+
     def item(point: Shown, name: str, *caption: object) -> Html:
         words = f"{name} {point.index}" + (f": {cut(point.label)}" if point.label else "")
-        shown: object = "no image"
+        shown: object = ""
         if point.image is not None:
             shown = image_element(point.image, low, high, words)
-        label = foreign(point.label, 80) if point.label else ""
-        below = element("figcaption", *caption, label)
+        label = joined([foreign(point.label, 80), " "]) if point.label else ""
+        below = element("figcaption", *caption[:1], label, *caption[1:])
         return element("li", element("figure", shown, below))
 
-    parts = [_group("The point", element("ul", item(case.test, "test point"), class_="examples"))]
+    parts = [_group("The point", element("ul", item(case.test, "test point"), class_=kind))]
     for group, points in case.groups.items():
         if points:
             items = (
-                item(one.point, "training point", _score(one, group), f"#{one.point.index} ")
+                item(one.point, "training point", _score(one, group), f"#{one.point.index}")
                 for one in points
             )
-            parts.append(_group(GROUPS[group], element("ol", *items, class_="examples")))
+            parts.append(_group(GROUPS[group], element("ol", *items, class_=kind)))
     return element("div", *parts, class_="groups pictured")
 
 
@@ -168,7 +172,7 @@ def _written(case: Case) -> Html:
         words = point.text if point.text is not None else _features_in_words(point)
         return element("p", cut(words), dir="auto")
 
-    parts = [text(case.test)] if _has_input(case.test) else []
+    parts = []
     for group, points in case.groups.items():
         items = [
             element(
@@ -182,7 +186,8 @@ def _written(case: Case) -> Html:
         ]
         if items:
             parts.append(_group(GROUPS[group], element("ol", *items, class_="texts")))
-    return element("div", *parts, class_="groups")
+    groups = element("div", *parts, class_="groups written")
+    return joined([text(case.test) if _has_input(case.test) else "", groups])
 
 
 def _has_input(point: Shown) -> bool:
@@ -201,7 +206,7 @@ def _tabular(case: Case, names: Sequence[str] | None, num_training: int | None) 
     shown = min(width, MOST_FEATURES)
     head: list[object] = ["Point", "Description", "Influence"]
     if num_training is not None:
-        head.append("Loss change without it")
+        head.append("Loss change")
     features = [names[i] if names is not None else f"feature {i}" for i in range(shown)]
     head += [foreign(name, 60) for name in features]
 
@@ -220,6 +225,8 @@ def _tabular(case: Case, names: Sequence[str] | None, num_training: int | None) 
             rows.append([f"{group} #{one.point.index}", *cells(one.point, *scores)])
             kinds.append(group)
     caption = f"Training points of extreme influence on test point {case.test.index}"
+    if num_training is not None:
+        caption += f"; loss change: the estimate for it left out, influence ÷ {num_training:,}"
     if shown < width:
         caption += f"; the first {shown} of {width} features"
     return table(caption, head, rows, row_classes=["test" if k == "test" else None for k in kinds])

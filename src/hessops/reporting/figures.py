@@ -20,11 +20,13 @@ from hessops.reporting.summary import Floats, ScoreSummary, magnitude_edges
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# Figures of so many inches scroll on a narrow screen, where they would be too small to read.
+WIDE = 6
 # More lines than this are a smear, and make the page heavy.
 MOST_LINES = 40
 # Scores of smaller magnitude than this part of the largest one are left out of the histogram.
 DECADES = 8
-MOST_BINS = 64
+FEWEST_BINS, MOST_BINS = 8, 64
 # Of the cells of the heat map, this part is within the range of its colours.
 WITHIN_COLOURS = 0.99
 
@@ -86,8 +88,11 @@ def figure(
         element("source", srcset=dark, media="screen and (prefers-color-scheme: dark)"),
         element("img", src=light, alt=alt, width=pixels[0], height=pixels[1]),
     )
-    kind = "wide" if size[0] > 6 else None
-    return element("figure", picture, element("figcaption", caption), class_=kind)
+    below = element("figcaption", caption)
+    if size[0] < WIDE:
+        return element("figure", picture, below)
+    scrolling = element("div", picture, class_="scroll", role="group", tabindex="0", aria_label=alt)
+    return element("figure", scrolling, below, class_="wide")
 
 
 def _drawn(
@@ -145,7 +150,10 @@ def convergence_figure(solution: Solution, of: str) -> Html:
     alt = f"Relative residual norms of {len(lines)} right-hand sides over at most {most} steps."
 
     def draw(axes: Axes, _: Scheme) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         convergence(_selected(solution, lines), axes)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         legend = axes.get_legend()
         if legend is not None and len(lines) < 2:
             legend.remove()
@@ -212,7 +220,8 @@ def _binned(summary: ScoreSummary) -> tuple[Floats, npt.NDArray[np.int64], int]:
     filled = np.flatnonzero(counts.sum(axis=0))
     last = int(filled[-1]) + 1
     first = max(int(filled[0]), last - int(DECADES / (edges[1] - edges[0])))
-    width = -(-(last - first) // MOST_BINS)
+    few = int(np.sqrt(counts.sum()))  # of few scores, bins of some each
+    width = -(-(last - first) // min(max(few, FEWEST_BINS), MOST_BINS))
     first = max(0, last - width * -(-(last - first) // width))
     drawn = counts[:, first:last].reshape(2, -1, width).sum(axis=2)
     return edges[first : last + 1 : width], drawn, int(counts[:, :first].sum())
@@ -228,7 +237,7 @@ def heat_map_figure(summary: ScoreSummary) -> Html:
     of_several = (m, n) != cells.shape
     caption = joined(
         [
-            "Blue is helpful, orange harmful.",
+            "Blue is helpful, orange harmful; one scale serves all rows.",
             " Each cell covers several points and shows the score of largest magnitude among them."
             if of_several
             else "",

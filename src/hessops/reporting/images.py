@@ -58,6 +58,11 @@ def as_image(value: object, what: str) -> Floats | Bytes:
     return numbers.numpy()
 
 
+def has_many_pixels(image: Floats | Bytes) -> bool:
+    """Whether an image is more than a mosaic of a few pixels."""
+    return bool(max(image.shape[:2]) > FEW_PIXELS)
+
+
 def image_element(image: Floats | Bytes, low: float, high: float, alt: str) -> Html:
     """An image, with numbers from `low` to `high` shown from black to white."""
     from matplotlib.image import imsave
@@ -68,7 +73,7 @@ def image_element(image: Floats | Bytes, low: float, high: float, alt: str) -> H
     buffer = BytesIO()
     imsave(buffer, pixels, format="png")
     height, width, _ = pixels.shape
-    kind = "few-pixels" if max(height, width) <= FEW_PIXELS else None
+    kind = None if has_many_pixels(pixels) else "few-pixels"
     source = data_uri(buffer.getvalue(), "png")
     return element("img", src=source, alt=alt, width=width, height=height, class_=kind)
 

@@ -12,6 +12,8 @@ VOID = frozenset({"br", "img", "link", "meta", "source"})
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 # Texts of others are cut here, so that one of them does not make the page.
 MOST_CHARACTERS = 400
+# Texts of more than this are not squeezed to the width of a word in a table.
+LONG = 30
 
 
 class Html(str):
@@ -66,7 +68,8 @@ def joined(parts: Iterable[object], separator: str = "") -> Html:
 
 def foreign(value: object, most: int = MOST_CHARACTERS) -> Html:
     """A text of somebody else, cut where it is long; its direction of writing stays inside."""
-    return element("bdi", cut(str(value), most))
+    text = cut(str(value), most)
+    return element("bdi", text, class_="long" if len(text) > LONG else None)
 
 
 def cut(text: str, most: int = MOST_CHARACTERS) -> str:
@@ -82,19 +85,34 @@ def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
     Example:
         >>> from hessops.reporting.markup import number
         >>> number(0.000123456), number(2.5, sign=True), number(float("nan"))
-        ('1.23e−04', '+2.5', 'NaN')
+        ('1.23e−04', '+2.50', 'NaN')
     """
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         text = "inf"
-    elif value == 0 or 1e-3 <= abs(value) < 10 ** max(digits, 6):
-        text = f"{abs(value):.{digits}g}"
-        text = text if "e" not in text else f"{abs(value):.0f}"
+    elif value == 0:
+        text = "0"
+    elif 1e-3 <= abs(value) < 1e6:
+        text = f"{abs(value):#.{digits}g}" if abs(value) < 10**digits else f"{abs(value):.0f}"
+        text = text.removesuffix(".")
     else:
         text = f"{abs(value):.{digits - 1}e}"
     lead = "-" if value < 0 else "+" if sign and value > 0 else ""
     return f"{lead}{text}".replace("-", "\N{MINUS SIGN}")
+
+
+def measured(value: float) -> str:
+    """A norm or a tolerance, in the same form whatever its size, so that columns are compared.
+
+    Example:
+        >>> from hessops.reporting.markup import measured
+        >>> measured(0.00116), measured(16.2)
+        ('1.16e−03', '1.62e+01')
+    """
+    if not math.isfinite(value):
+        return number(value)
+    return f"{value:.2e}".replace("-", "\N{MINUS SIGN}")
 
 
 def count(value: int, noun: str = "") -> str:
@@ -115,7 +133,7 @@ def listed(values: Sequence[int], most: int = 20) -> str:
 
 
 def table(
-    caption: object,
+    caption: str,
     head: Sequence[object],
     rows: Iterable[Sequence[object]],
     *,
@@ -129,7 +147,7 @@ def table(
         head: The headings of the columns.
         rows: The cells.
         row_classes: A class for each row, where there are any.
-        numeric: Aligns all cells but the first to the right.
+        numeric: Aligns all cells but the first two to the right.
     """
     written = list(rows)
     classes = list(row_classes) or [None] * len(written)
@@ -145,15 +163,17 @@ def table(
     ]
     inside = element(
         "table",
-        element("caption", caption),
         element("thead", heading),
         element("tbody", *body),
         class_="numbers" if numeric else None,
+        aria_label=caption,
     )
-    return element("div", inside, class_="scroll", role="group", tabindex="0", aria_label=caption)
+    # The caption is outside of what scrolls, so that it wraps at the width of the screen.
+    scrolling = element("div", inside, class_="scroll", role="group", tabindex="0")
+    return element("figure", element("figcaption", caption), scrolling)
 
 
-def terms(pairs: Iterable[tuple[object, object]]) -> Html:
-    """A list of terms and what they are."""
+def terms(pairs: Iterable[tuple[object, object]], kind: str | None = None) -> Html:
+    """A list of terms and what they are, of a class."""
     entries = (element("div", element("dt", term), element("dd", value)) for term, value in pairs)
-    return element("dl", *entries)
+    return element("dl", *entries, class_=kind)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hessops.operators.solution import Solution, SolveStatus
-from hessops.reporting.markup import Html, count, element, foreign, joined, listed, number, table
+from hessops.reporting.markup import (
+    Html,
+    count,
+    element,
+    foreign,
+    joined,
+    listed,
+    measured,
+    table,
+)
 
 # A residual that equals its tolerance was rounded when both were scaled back.
 ROUNDING = 1 + 1e-9
@@ -50,7 +59,7 @@ def complaints(solutions: Mapping[str, Solution]) -> list[Html]:
                 f"{len(rows)} of {len(solution.status)} right-hand sides{of_block(name)}: {status}."
             )
             text = (
-                f" True relative residual at most {number(worst)}. Test points {listed(rows)}. "
+                f" True relative residual at most {measured(worst)}. Test points {listed(rows)}. "
                 f"{_advice(solution, rows[0])}"
             )
             found.append(joined([element("strong", head), text]))
@@ -106,16 +115,16 @@ def _row(solution: Solution, row: int) -> list[object]:
     residual, tolerance = float(solution.residual_norms[row]), float(solution.tolerances[row])
     met = is_met(solution, row)
     status = status_of(solution, row)
-    ratio = "none" if tolerance == 0 else number(residual / tolerance)
+    ratio = "none" if tolerance == 0 else measured(residual / tolerance)
     return [
         row,
         status if met else element("span", status, class_="badge"),
         int(solution.iterations[row]),
-        number(residual),
-        number(tolerance),
+        measured(residual),
+        measured(tolerance),
         ratio,
-        number(float(solution.rhs_norms[row])),
-        number(float(solution.relative_residual_norms[row])),
+        measured(float(solution.rhs_norms[row])),
+        measured(float(solution.relative_residual_norms[row])),
     ]
 
 
@@ -125,7 +134,7 @@ def _left_out(solution: Solution, failed: list[int], converged: list[int]) -> st
     more_failed, more_converged = failed[MOST_FAILED:], converged[MOST_CONVERGED:]
     for rows, outcome in ((more_failed, "did not meet"), (more_converged, "met")):
         if rows:
-            worst = number(float(solution.relative_residual_norms[rows].max()))
+            worst = measured(float(solution.relative_residual_norms[rows].max()))
             words.append(
                 f"{len(rows):,} more {outcome} the tolerance, relative residual at most {worst}."
             )

@@ -51,14 +51,14 @@ def verdict(
         items = (element("li", item) for item in found)
         heading = element("h2", "\N{WARNING SIGN} Read this first")
         return element("section", heading, element("ul", *items), class_="verdict bad")
+    finite = f"All {summary.num_finite:,} scores are finite."
+    if not solutions:  # nothing is known to be wrong, which is not the same as right
+        heading = element("h2", "No outcomes of solves")
+        text = element("p", f"{how_it_inverts(model)[1]} {finite}")
+        return element("section", heading, text, class_="verdict unknown")
     right_hand_sides = sum(len(solution.status) for solution in solutions.values())
-    solved = (
-        f"All {right_hand_sides:,} right-hand sides met their tolerance. "
-        if solutions
-        else f"{how_it_inverts(model)[1]} "
-    )
     heading = element("h2", "\N{CHECK MARK} Nothing failed")
-    text = element("p", f"{solved}All {summary.num_finite:,} scores are finite.")
+    text = element("p", f"All {right_hand_sides:,} right-hand sides met their tolerance. {finite}")
     return element("section", heading, text, class_="verdict good")
 
 
@@ -97,11 +97,14 @@ def solves(solutions: Mapping[str, Solution], model: InfluenceFunctionModel | No
 
 def scores(summary: ScoreSummary, num_training: int | None) -> list[Html]:
     """The sign convention, summary numbers and pictures."""
-    parts = [element("p", _convention(num_training)), _numbers(summary)]
-    pictures = [heat_map_figure(summary)]
+    beside = [_numbers(summary)]
     if summary.num_positive + summary.num_negative:
-        pictures.append(histogram_figure(summary))
-    return [*parts, element("div", *pictures, class_="pictures")]
+        beside.append(histogram_figure(summary))
+    return [
+        element("p", _convention(num_training)),
+        element("div", *beside, class_="pictures"),
+        heat_map_figure(summary),
+    ]
 
 
 def _convention(num_training: int | None) -> Html:
@@ -112,8 +115,8 @@ def _convention(num_training: int | None) -> Html:
         [
             "A score is the influence of a training point on the loss on a test point. ",
             element("strong", "Positive is helpful, negative is harmful"),
-            f": leaving the training point out changes the loss on the test point by about +score "
-            f"÷ N, with {of_points}. It is a first-order estimate: read large scores as a ranking.",
+            f": leaving the training point out changes the loss on the test point by about score ÷ "
+            f"N, with {of_points}. It is a first-order estimate: read large scores as a ranking.",
         ]
     )
 
@@ -135,7 +138,7 @@ def _numbers(summary: ScoreSummary) -> Html:
             ("Mean", number(summary.mean, 4, sign=True)),
             ("Standard deviation", number(summary.deviation, 4)),
         ]
-    return terms(pairs)
+    return terms(pairs, "short")
 
 
 def _part(some: int, total: int) -> str:
@@ -155,12 +158,24 @@ def selection(chosen: Sequence[int], m: int, top: int) -> Html:
     return element("p", text)
 
 
-def page(title: str, top: Html, sections: Sequence[Section]) -> Html:
-    """The whole document."""
+def page(title: str, about: str, top: Html, sections: Sequence[Section]) -> Html:
+    """The whole document.
+
+    Args:
+        title: Its heading.
+        about: A line below that.
+        top: What stands before all sections.
+        sections: The parts.
+    """
     links = (element("li", element("a", s.heading, href=f"#{s.anchor}")) for s in sections)
     body = element(
         "body",
-        element("header", element("h1", cut(title)), element("nav", element("ul", *links))),
+        element(
+            "header",
+            element("h1", cut(title)),
+            element("p", about, class_="note"),
+            element("nav", element("ul", *links)),
+        ),
         element(
             "main",
             top,

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hessops.errors import ArgumentTypeError, ShapeError
 from hessops.reporting.images import Bytes, Floats, as_image
-from hessops.reporting.markup import number
 
 Describe = Callable[[object, object], object]
 Picture = Callable[[object], object]
@@ -147,7 +146,7 @@ def in_words(value: object) -> str:
 
 
 def _scalar(value: object) -> str:
-    return number(value) if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def features_of(x: object) -> tuple[float, ...] | None:

@@ -13,6 +13,7 @@ from hessops.reporting import checks
 from hessops.reporting.chunks import SlicedArray, checked_shape
 from hessops.reporting.examples import cases_of, examples
 from hessops.reporting.figures import require_matplotlib
+from hessops.reporting.markup import count
 from hessops.reporting.outcomes import failed_rows, status_of
 from hessops.reporting.page import (
     Section,
@@ -73,8 +74,9 @@ def report(
         test: The m test points, likewise.
         describe: Function of ``(x, y)`` to what is said of a point; ``None`` shows y.
         images: ``True`` where inputs are images, or a function from an input to an image:
-            ``(height, width)`` or with 1, 3 or 4 channels first or last, as bytes or as any
-            numbers. Otherwise numbers in a row are shown as a row of a table, and text as text.
+            ``(height, width)`` or with 1, 3 or 4 channels first or last (first where both fit), as
+            bytes or as any numbers. Otherwise numbers in a row are shown as a row of a table, and
+            text as text.
         feature_names: Names of the numbers of an input that is a row of a table.
         settings: Further lines for the settings, such as the data set and the seed of the training.
         title: The title of the page.
@@ -141,7 +143,9 @@ def report(
         Section("examples", "Examples", [selection(chosen, m, top), *articles]),
         Section("settings", "Settings", settings_of(model, settings or {}, (m, n))),
     ]
-    content = page(title, verdict(solved, model, summary), sections).encode()
+    by = "Influences" if model is None else type(model).__name__
+    about = f"{by}: {count(n, 'training point')} on {count(m, 'test point')}"
+    content = page(title, about, verdict(solved, model, summary), sections).encode()
     write_whole(path, lambda file: file.write(content))
     return path
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from hessops.influence.arguments import recorded_settings
 from hessops.influence.model import InfluenceFunctionModel
+from hessops.operators.base import TensorOperator
 from hessops.operators.inverse import DirectInverse, InverseOperator
-from hessops.reporting.markup import Html, count, cut, element, foreign, number, table, terms
+from hessops.reporting.markup import Html, count, cut, element, foreign, table, terms
 
 # Of trees of modules and operators.
 MOST_OF_TREE = 20_000
@@ -97,10 +98,10 @@ def _blocks(model: InfluenceFunctionModel) -> Html:
     blocks = model.fitted.blocks
     rows = []
     for name, block in list(blocks.items())[:MOST_BLOCKS]:
-        mean = "" if block.mean_eigenvalue is None else number(block.mean_eigenvalue)
+        mean = "" if block.mean_eigenvalue is None else f"{block.mean_eigenvalue:.4g}"
         inverse = foreign(block.inverse._label())
         rows.append(
-            [foreign(name), f"{block.space.size:,}", number(block.regularization), mean, inverse]
+            [foreign(name), f"{block.space.size:,}", f"{block.regularization:.6g}", mean, inverse]
         )
     left_out = len(blocks) - len(rows)
     caption = "Blocks of parameters" + (f"; {left_out} more are not shown" if left_out else "")
@@ -127,13 +128,18 @@ def _folded(title: str, text: str) -> Html:
 def how_it_inverts(model: InfluenceFunctionModel | None) -> tuple[bool, str]:
     """Whether outcomes are missed where none are given, and a sentence about that."""
     if model is None:
-        return False, "No outcomes of solves were given, and nothing is known of the inverse."
-    inverses = list(model.inverses.values())
-    if any(isinstance(i, InverseOperator) and not isinstance(i, DirectInverse) for i in inverses):
+        return False, "None were given, and nothing is known of the inverse."
+    if any(_iterates(inverse) for inverse in model.inverses.values()):
         return True, (
             "The inverse is iterative and no outcomes of its solves were given: whether they met "
             "their tolerances is not known here."
         )
     return False, (
-        "The inverse is in closed form: nothing iterates. No residuals were given to this report."
+        "No iterative solver is known in the inverse, and no outcomes were given: residuals are "
+        "not known here."
     )
+
+
+def _iterates(operator: TensorOperator) -> bool:
+    is_solver = isinstance(operator, InverseOperator) and not isinstance(operator, DirectInverse)
+    return is_solver or any(_iterates(part) for part in operator._children())
