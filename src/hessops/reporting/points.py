@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from hessops.errors import ArgumentTypeError, ShapeError
 from hessops.reporting.images import Bytes, Floats, as_image
 
-Describe = Callable[[object, object], object]
-Picture = Callable[[object], object]
+# Of inputs and targets, whose types are the user's.
+Describe = Callable[[Any, Any], object]
+Picture = Callable[[Any], object]
 
 
 class Points:

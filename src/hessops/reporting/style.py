@@ -62,7 +62,9 @@ table {
   border-collapse: separate; border-spacing: 0; font-size: .9rem;
   font-variant-numeric: tabular-nums;
 }
-figcaption + .scroll { margin-top: .3rem; }
+figcaption + .scroll { margin-top: .3rem; border: 1px solid var(--line); width: fit-content; }
+figcaption + .scroll { max-width: 100%; }
+tbody tr:last-child > * { border-bottom: 0; }
 th, td {
   padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: normal;
