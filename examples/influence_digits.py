@@ -11,7 +11,8 @@ with G the generalized Gauss-Newton matrix of the training loss. Leaving z out o
 changes the loss on z' by about :math:`\mathcal I / N`: the most positive influences are those of
 the most helpful images, the most negative those of the most harmful ones (Koh & Liang 2017).
 
-Run it with ``python examples/influence_digits.py``; it writes a picture.
+Run it with ``python examples/influence_digits.py``; it writes a picture, and a page with all
+that is known of the run.
 """
 
 # %%
@@ -41,6 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hessops import NystroemPreconditioner, Solution
 from hessops.influence import CgInfluence, SequentialInfluenceCalculator, TopInfluences
+from hessops.reporting import report
 
 CLASSES = 10
 WEIGHT_DECAY = 1e-3
@@ -138,12 +140,16 @@ class Attribution:
         helpful: Training points of most positive influence, ``(m, TOP)``, the most helpful first.
         harmful: Training points of most negative influence, ``(m, TOP)``, the most harmful first.
         solution: How the systems were solved.
+        influence: The fitted influence model.
+        scores: All influences, ``(m, N)``.
     """
 
     chosen: Tensor
     helpful: TopInfluences
     harmful: TopInfluences
     solution: Solution
+    influence: CgInfluence
+    scores: Tensor
 
 
 def attribute(model: nn.Module, digits: Digits, chosen: Tensor, *, rank: int = 100) -> Attribution:
@@ -159,11 +165,16 @@ def attribute(model: nn.Module, digits: Digits, chosen: Tensor, *, rank: int = 1
     ).fit(loader)
 
     gradients = influence.gradient_provider.flat_grads(digits.x_test[chosen], digits.y_test[chosen])
-    solution = influence.inverses["full"].solve(gradients)
+    solution = influence.inverses["full"].solve(gradients, history=True)
     calculator = SequentialInfluenceCalculator(influence)
     influences = calculator.influences_from_factors(solution.value, loader)
     return Attribution(
-        chosen, influences.top_k(TOP), influences.top_k(TOP, largest=False), solution
+        chosen,
+        influences.top_k(TOP),
+        influences.top_k(TOP, largest=False),
+        solution,
+        influence,
+        influences.compute(),
     )
 
 
@@ -252,13 +263,44 @@ def changes_without(
 
 
 # %%
+# A page to keep
+# --------------
+#
+# `report` writes one HTML file with the settings, the outcome of every solve, the scores and the
+# images, which a browser shows without a network.
+
+
+def write_page(path: Path, model: nn.Module, digits: Digits, found: Attribution, seed: int) -> None:
+    """Writes the run as a page."""
+
+    def described(x: Tensor, y: Tensor) -> str:
+        with torch.no_grad():
+            read = int(model(x).argmax())
+        return f"{int(y)}" if read == y else f"{int(y)} read as {read}"
+
+    report(
+        path,
+        found.scores,
+        model=found.influence,
+        solutions=found.solution,
+        train=(digits.x, digits.y),
+        test=(digits.x_test[found.chosen], digits.y_test[found.chosen]),
+        describe=described,
+        images=lambda x: x.reshape(8, 8),
+        settings={"Data": "the digits of scikit-learn", "Seed of split and network": seed},
+        title="Which training images decide?",
+        top=TOP,
+    )
+
+
+# %%
 # All together
 # ------------
 
 OUTPUT = Path("out/influence_digits")
 
 
-def report(model: nn.Module, digits: Digits, found: Attribution) -> None:
+def summarise(model: nn.Module, digits: Digits, found: Attribution) -> None:
     """Prints how the systems were solved, and what leaving out images does."""
     _, predicted = losses_on_test(model, digits)
     solution = found.solution
@@ -285,13 +327,17 @@ def main(num_train: int = 1200, seed: int = 0, output: Path = OUTPUT) -> None:
     digits = split_digits(num_train, seed)
     model = train(untrained(seed), digits, torch.ones(num_train))
     found = attribute(model, digits, ten_test_images(model, digits))
-    report(model, digits, found)
+    summarise(model, digits, found)
 
     figure = contact_sheet(model, digits, found)
     output.mkdir(parents=True, exist_ok=True)
     picture = output / "influence_digits.png"
     figure.savefig(picture, dpi=100)
-    print(f"\nwrote {picture.resolve() if output.is_absolute() else picture}")
+    page = picture.with_suffix(".html")
+    write_page(page, model, digits, found, seed)
+    for written in (picture, page):
+        print(f"\nwrote {written.resolve() if output.is_absolute() else written}", end="")
+    print()
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ def test_the_script_writes_its_picture_and_reports(
     printed = capsys.readouterr().out
     assert "10 of 10 systems solved" in printed
     assert printed.count(" read as ") == 10
+    page = (output / "influence_digits.html").read_text("utf-8")
+    assert "All 10 right-hand sides met their tolerance" in page
 
     picture = matplotlib.image.imread(output / "influence_digits.png")[..., :3]
     height, width, _ = picture.shape

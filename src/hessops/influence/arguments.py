@@ -106,3 +106,9 @@ def changed_settings(model: object) -> list[str]:
         if name not in ("model", "loss")
         and (name not in parameters or parameters[name].default != value)
     ]
+
+
+def recorded_settings(model: object) -> dict[str, object]:
+    """The arguments beyond model and loss, defaults included."""
+    arguments: Mapping[str, object] = model._arguments  # type: ignore[attr-defined]  # recorded above
+    return {name: arguments[name] for name in arguments if name not in ("model", "loss")}
