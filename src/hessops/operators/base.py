@@ -405,7 +405,7 @@ class TensorOperator(Printed, ABC):
         which has its own. Krylov solvers, eigen-solvers and sketches do this by themselves.
 
         Args:
-            max_bytes: Memory of all graphs and records together; ``None`` takes 1 GiB, or what ``cache=``
+            max_bytes: Memory of all graphs and records; ``None`` takes 1 GiB, or what ``cache=``
                 allows where that is less.
 
         Returns:
