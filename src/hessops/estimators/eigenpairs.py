@@ -24,9 +24,9 @@ from hessops.functional.eigenpairs import (
 from hessops.functional.krylov import ritz_pairs
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
-from hessops.operators.inverse import checked_rtol
+from hessops.operators.inverse import default_rtol
 from hessops.randomness import resolved_generator
-from hessops.validation import checked_count
+from hessops.validation import checked_count, checked_number
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 EigenMethod = Literal["arpack", "lobpcg"]
@@ -158,7 +158,7 @@ def eigenpairs(
     settings = _Settings(
         which,
         method,
-        checked_rtol(tol, operator.dtype),
+        default_rtol(operator.dtype) if tol is None else checked_number(tol, "tol", minimum=0),
         None if max_iter is None else checked_count(max_iter, "max_iter"),
         krylov_dimension,
         eigen_computation_on_gpu,
