@@ -135,12 +135,17 @@ SPECTRA = {
     "identity": torch.ones(N, dtype=F64),
     "zero": torch.zeros(N, dtype=F64),
 }
+ENDS = ["largest", "smallest", "both", "magnitude"]
+EIGENPAIR_CASES = [
+    (name, which)
+    for name in SPECTRA
+    for which in (ENDS if name in ("both signs", "decaying", "negative", "low rank") else ["both"])
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("method", ["arpack", "lobpcg"])
-@pytest.mark.parametrize("which", ["largest", "smallest", "both", "magnitude"])
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize(("name", "which"), EIGENPAIR_CASES)
 def test_eigenpairs_are_those_of_the_matrix(
     name: str, which: str, method: str, dtype: torch.dtype
 ) -> None:
@@ -269,9 +274,9 @@ def test_all_probes_take_one_pass_in_each_step() -> None:
 
 
 def test_means_are_unbiased_and_their_standard_error_is_right() -> None:
-    values = torch.linspace(0.1, 3, 12, dtype=F64)
+    values = torch.linspace(0.1, 3, 8, dtype=F64)
     operator = MatrixOperator(rotated(values))
-    densities = [spectral_density(operator, 6, 12, generator=seeded(s)) for s in range(200)]
+    densities = [spectral_density(operator, 6, 8, generator=seeded(s)) for s in range(200)]
     for function in (torch.exp, torch.log, torch.sqrt):
         estimates = [density.mean_of(function) for density in densities]
         assert_unbiased(
@@ -311,13 +316,13 @@ def test_the_density_is_the_smoothed_histogram(dtype: torch.dtype) -> None:
 
 def test_the_density_of_a_network_is_that_of_its_eigenvalues() -> None:
     # Groups of the probes of one run are runs of their own.
-    together = spectral_density(digits().hessian, 80, 40)
+    together = spectral_density(digits().hessian, 200, 25)
     groups = [
-        replace(together, nodes=together.nodes[i::40], weights=together.weights[i::40])
-        for i in range(40)
+        replace(together, nodes=together.nodes[i::100], weights=together.weights[i::100])
+        for i in range(100)
     ]
     values = digits().eigenvalues
-    width = 0.03 * float(values.max() - values.min())
+    width = 0.05 * float(values.max() - values.min())
     grid = torch.linspace(float(values.min()) - 0.1, float(values.max()) + 0.1, 400, dtype=F64)
     exact = smoothed(values, grid, width)
     found = [group.on(grid, width) for group in groups]
@@ -325,7 +330,7 @@ def test_the_density_of_a_network_is_that_of_its_eigenvalues() -> None:
     errors = torch.stack([error for _, error in found])
     near = exact > 1e-3 * exact.max()
     distance = (density.mean(dim=0) - exact).abs()
-    assert (distance <= 4 * density.std(dim=0) / 40**0.5 + 1e-4 * exact.max())[near].all()
+    assert (distance <= 4 * density.std(dim=0) / 100**0.5 + 1e-4 * exact.max())[near].all()
     assert 0.8 < (errors.square().mean() / density.var(dim=0).mean()).sqrt() < 1.2
     assert torch.trapezoid((density[0] - exact).abs(), grid) < 0.1
     assert torch.trapezoid(distance, grid) < 0.03
@@ -517,7 +522,7 @@ def test_a_small_matrix_is_decomposed_and_a_large_one_is_not() -> None:
 
 
 def test_log_determinants_are_unbiased_and_their_standard_error_is_right() -> None:
-    values = torch.logspace(-1, 1, 12, dtype=F64)
+    values = torch.logspace(-1, 1, 8, dtype=F64)
     operator = MatrixOperator(rotated(values))
     estimates = [
         logdet(operator, method="slq", num_probes=6, generator=seeded(s)) for s in range(200)
