@@ -175,6 +175,14 @@ def test_any_number_of_pairs(k: int, which: str, method: str) -> None:
     assert pairs.vectors.shape == (min(k, N), N)
 
 
+def test_eigenvalues_of_zero_are_as_well_had_as_others() -> None:
+    values = torch.cat([torch.linspace(0.01, 1, 100, dtype=F64), torch.zeros(100)])
+    for which in ("smallest", "both"):
+        pairs = eigenpairs(MatrixOperator(rotated(values)), 4, which)
+        assert len(pairs.values) == 4
+        assert abs(pairs.values[-1].item()) < 1e-13
+
+
 def test_lobpcg_finds_copies() -> None:
     values = torch.cat([torch.full((4,), 2.0, dtype=F64), torch.linspace(-1, 1, N - 4)])
     pairs = eigenpairs(MatrixOperator(rotated(values)), 5, method="lobpcg")
@@ -571,7 +579,7 @@ def test_quadratures_that_are_off_by_more_than_the_standard_error_are_said_to_be
 
 ESTIMATORS: dict[str, Callable[..., object]] = {
     "eigenpairs": lambda A, **options: eigenpairs(A, 2, **options),
-    "lobpcg": lambda A, **options: eigenpairs(A, 2, method="lobpcg", **options),
+    "lobpcg": lambda A, **options: eigenpairs(A, 2, "both", "lobpcg", **options),
     "spectral_density": lambda A, **options: spectral_density(A, 3, 8, **options),
     "logdet": lambda A, **options: logdet(A, method="slq", num_probes=3, **options),
 }
@@ -601,6 +609,15 @@ def test_autocast_and_inference_mode_change_nothing(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         found = tensors_of(ESTIMATORS[name](operator))
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_default_device_changes_nothing(name: str) -> None:
+    operator = MatrixOperator(rotated(torch.linspace(1, 3, N, dtype=F64)))
+    expected = tensors_of(ESTIMATORS[name](operator))
+    with torch.device("meta"):
+        found = ESTIMATORS[name](operator)
+    assert all(map(torch.equal, tensors_of(found), expected))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -669,3 +686,26 @@ def test_arguments_that_do_not_fit_are_named(misuse: str) -> None:
     call, error, message = MISUSES[misuse]
     with pytest.raises(error, match=message):
         call(IdentityOperator(30))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_gpu_gives_what_the_cpu_gives(name: str) -> None:
+    operator = MatrixOperator(rotated(torch.linspace(1, 3, N, dtype=F64)))
+    # The number of products may depend on rounding.
+    expected = tensors_of(ESTIMATORS[name](operator))[:-1]
+    found = tensors_of(ESTIMATORS[name](operator.to("cuda")))[:-1]
+    for result, exact in zip(found, expected, strict=True):
+        # Eigenvectors up to their signs.
+        assert torch.allclose(result.cpu().double().abs(), exact.double().abs(), atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ENDS)
+def test_cupy_finds_the_same_eigenpairs(which: str) -> None:
+    pytest.importorskip("cupy")
+    values = SPECTRA["both signs"]
+    operator = MatrixOperator(rotated(values)).to("cuda")
+    pairs = eigenpairs(operator, 5, which, eigen_computation_on_gpu=True)
+    assert pairs.vectors.device.type == "cuda"
+    assert torch.allclose(pairs.values.cpu(), wanted(values, which, 5), atol=1e-9)

@@ -111,7 +111,8 @@ def eigenpairs(
 
     Of a multiple eigenvalue, or of several closer together than the tolerance, a Krylov method can
     miss copies, and return the next eigenvalue in their place, with a residual that says nothing of
-    it. Where k is n or more, or n less than 5k for LOBPCG, the matrix is decomposed by
+    it: ARPACK often does, of the many zeros of a Gauss-Newton matrix for one, and LOBPCG seldom for
+    up to k of them. Where k is n or more, or n less than 5k for LOBPCG, the matrix is decomposed by
     `torch.linalg.eigh`, which misses none.
 
     Args:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from hessops.functional.krylov import EXHAUSTION_FACTOR
 
+# Where small results are kept, whatever torch's default device is.
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Tridiagonal:
@@ -79,11 +82,11 @@ def lanczos(
     """
     (count, size), steps = starts.shape, min(num_steps, starts.shape[1])
     basis = starts.new_empty(count, steps, size)
-    diagonal, off_diagonal = torch.zeros(2, count, steps, dtype=torch.float64)
-    lengths = torch.full((count,), steps)
-    scales = torch.zeros(count, dtype=torch.float64)
+    diagonal, off_diagonal = torch.zeros(2, count, steps, dtype=torch.float64, device=CPU)
+    lengths = torch.full((count,), steps, device=CPU)
+    scales = torch.zeros(count, dtype=torch.float64, device=CPU)
     rounding = EXHAUSTION_FACTOR * torch.finfo(starts.dtype).eps
-    running = torch.arange(count)
+    running = torch.arange(count, device=CPU)
     vectors = _normalised(starts, running)
     for step in range(steps):
         basis[:, step] = vectors
@@ -100,7 +103,7 @@ def lanczos(
         if len(running) == 0:
             break
         vectors = _normalised(outside, running)
-    exhausted = torch.ones(count, dtype=torch.bool)
+    exhausted = torch.ones(count, dtype=torch.bool, device=CPU)
     exhausted[running] = steps == size
     return [
         Tridiagonal(a[:length], b[: length - 1], bool(is_exhausted))

@@ -26,7 +26,7 @@ def sum_of_logarithms(eigenvalues: Tensor, rounding: Tensor | float, name: str) 
         >>> sum_of_logarithms(torch.ones(3, dtype=torch.float64), 0.0, "the identity")
         0.0
     """
-    if bool((eigenvalues < -torch.as_tensor(rounding)).any()):
+    if bool((eigenvalues < -rounding).any()):
         raise not_positive_definite(name, eigenvalues.min().item())
     is_zero = eigenvalues <= rounding
     if bool(is_zero.any()):

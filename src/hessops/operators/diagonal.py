@@ -71,7 +71,7 @@ class IdentityOperator(TensorOperator):
         return self / (1 + shift)
 
     def _exact_logdet(self, scale: float, shift: float) -> float:
-        value = torch.full((1,), scale + shift, dtype=torch.float64)
+        value = torch.full((1,), scale + shift, dtype=torch.float64, device="cpu")
         return self.input_size * sum_of_logarithms(value, 0.0, type(self).__name__)
 
     def _move(self, device: torch.device) -> Self:

@@ -90,7 +90,7 @@ class LowRankProductOperator(TensorOperator):
         codimension = self.input_size - representation.rank
         if codimension == 0:
             return inside
-        outside = torch.full((1,), shift, dtype=torch.float64)
+        outside = torch.full((1,), shift, dtype=torch.float64, device="cpu")
         return inside + codimension * sum_of_logarithms(outside, 0.0, name)
 
     def _move(self, device: torch.device) -> Self:
