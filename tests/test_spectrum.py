@@ -490,6 +490,7 @@ SINGULAR = {
     "zero": lambda: 0 * IdentityOperator(3, F64),
     "diagonal": lambda: DIAGONAL.shift(-0.5),
     "matrix": lambda: MatrixOperator(rotated(torch.arange(8, dtype=F64))),
+    "matrix up to rounding": lambda: MatrixOperator(torch.tensor([[1, 1], [1, 1 + 2.4e-7]])),
     "low rank": lambda: low_rank(1.0, 2.0),
     "low rank in float32": lambda: MatrixOperator(low_rank(1.0, 2.0).to_dense().float()),
 }
