@@ -1,4 +1,4 @@
-"""Eigenpairs of largest absolute value by ARPACK (scipy) or on the GPU (cupy)."""
+"""Eigenpairs of symmetric maps by ARPACK and LOBPCG (scipy), or on the GPU (cupy)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh, lobpcg
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 VectorProduct = Callable[[Tensor], Tensor]
+# ARPACK's names: largest magnitude, largest, smallest, both ends (one more from the upper one).
+SpectrumEnd = Literal["LM", "LA", "SA", "BE"]
+# What LOBPCG says when it stops early or restarts: the residuals of its result tell.
+_LOBPCG_REMARKS = "(Exited|Failed|eigh failed|Cholesky has failed)"
 # ARPACK continues exhausted Krylov spaces by random vectors; from scipy 1.17 on, ours.
 _TAKES_RNG = "rng" in inspect.signature(eigsh).parameters
 
@@ -38,14 +42,15 @@ class EigenProblem:
     """The symmetric eigenproblem of a map that is known by its products.
 
     Attributes:
-        product: v ↦ Av for ``(n,)`` tensors of `dtype` on `device`.
+        product: v ↦ Av for ``(n,)`` tensors of `dtype` on `device`; LOBPCG gives it ``(k, n)``.
         size: n.
-        rank: Number of eigenpairs of largest absolute value.
+        rank: Number of eigenpairs.
         krylov_dimension: Most vectors of the Krylov basis; ``None`` is min(n, max(2·rank+1, 20)).
         tol: Relative accuracy of the eigenvalues.
         max_iter: Most restarts; ``None`` is 10·n.
         dtype: float32 or float64.
         device: Where products are computed and the result lies.
+        end: Which eigenpairs.
     """
 
     product: VectorProduct
@@ -56,6 +61,7 @@ class EigenProblem:
     max_iter: int | None
     dtype: torch.dtype
     device: torch.device
+    end: SpectrumEnd = "LM"
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.float64):
@@ -134,9 +140,9 @@ def largest_eigenpairs(
     if problem.rank >= problem.size:
         values, vectors = _dense_eigenpairs(problem)
     elif gpu_modules is not None:
-        values, vectors = _cupy_eigenpairs(problem, generator, *gpu_modules)
+        values, vectors = cupy_eigenpairs(problem, generator, *gpu_modules)
     else:
-        values, vectors = _arpack_eigenpairs(problem, generator)
+        values, vectors = arpack_eigenpairs(problem, generator)
     if len(values) < min(problem.rank, problem.size):
         warn(
             f"{len(values)} of {problem.rank} eigenpairs converged to tol={problem.tol:g} within "
@@ -161,7 +167,8 @@ def _dense_eigenpairs(problem: EigenProblem) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _arpack_eigenpairs(problem: EigenProblem, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def arpack_eigenpairs(problem: EigenProblem, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Those that converged, by the implicitly restarted method of Lanczos; columns ``(n, r)``."""
     numpy_dtype = np.float64 if problem.dtype == torch.float64 else np.float32
 
     def matvec(array: NDArray[Any]) -> NDArray[Any]:
@@ -175,7 +182,7 @@ def _arpack_eigenpairs(problem: EigenProblem, generator: torch.Generator) -> tup
         values, vectors = eigsh(
             linear,
             k=problem.rank,
-            which="LM",
+            which=problem.end,
             v0=start,
             ncv=problem.basis_size,
             maxiter=problem.most_restarts,
@@ -189,6 +196,42 @@ def _arpack_eigenpairs(problem: EigenProblem, generator: torch.Generator) -> tup
         torch.from_numpy(
             np.array(vectors, dtype=numpy_dtype).reshape(problem.size, len(values))
         ).to(problem.device),
+    )
+
+
+def lobpcg_eigenpairs(
+    problem: EigenProblem, generator: torch.Generator, accuracy: float
+) -> tuple[Tensor, Tensor]:
+    """The best that there were, by LOBPCG (Knyazev 2001): all vectors in one product.
+
+    In float64 whatever the dtype of the products: LOBPCG carries the products of its vectors along
+    without computing them anew, which in float32 drift apart.
+
+    Args:
+        problem: Of one end of the spectrum, ``"LA"`` or ``"SA"``.
+        generator: Draws the starting vectors.
+        accuracy: Residual norm at which a pair has converged.
+    """
+
+    def matmat(columns: NDArray[Any]) -> NDArray[Any]:
+        rows = torch.from_numpy(np.array(columns.T, order="C")).to(problem.device, problem.dtype)
+        return problem.checked_product(rows).cpu().double().numpy().T
+
+    shape = (problem.size, problem.size)
+    linear = LinearOperator(shape, matvec=matmat, matmat=matmat, dtype=np.float64)
+    start = problem.random_vectors(problem.rank, generator).T.cpu().double().numpy()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _LOBPCG_REMARKS, UserWarning)
+        values, vectors = lobpcg(
+            linear,
+            start,
+            tol=accuracy,
+            maxiter=problem.most_restarts,
+            largest=problem.end == "LA",
+        )
+    return (
+        torch.from_numpy(np.array(values)).to(problem.device, problem.dtype),
+        torch.from_numpy(np.array(vectors)).to(problem.device, problem.dtype),
     )
 
 
@@ -207,10 +250,13 @@ def cupy_modules() -> tuple[ModuleType, ModuleType]:
         ) from error
 
 
-def _cupy_eigenpairs(
+def cupy_eigenpairs(
     problem: EigenProblem, generator: torch.Generator, cupy: ModuleType, linalg: ModuleType
 ) -> tuple[Tensor, Tensor]:
-    """Vectors cross between torch and cupy by DLPack, on the device."""
+    """Those that converged; vectors cross between torch and cupy by DLPack, on the device.
+
+    Of the ends of the spectrum, cupy has all but both at once.
+    """
 
     def matvec(array: Any) -> Any:
         vector = from_dlpack(cupy.ascontiguousarray(array.reshape(-1)))
@@ -222,7 +268,7 @@ def _cupy_eigenpairs(
         values, vectors = linalg.eigsh(
             linear,
             k=problem.rank,
-            which="LM",
+            which=problem.end,
             v0=cupy.from_dlpack(problem.random_vectors(1, generator)[0]),
             ncv=problem.basis_size,
             maxiter=problem.most_restarts,

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import log
 
 import torch
 from torch import Tensor
 
-from hessops.errors import DeviceError, DtypeError, ShapeError, SingularOperatorError
+from hessops.errors import (
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    SingularOperatorError,
+    StructureError,
+)
 from hessops.operators.base import CompositeOperator, TensorOperator, no_adjoint
 from hessops.operators.inverse import ClosedFormInverse, InverseOperator
 from hessops.space import ParameterSpace
@@ -90,6 +97,9 @@ class ScaledOperator(CompositeOperator):
         inner = self.operator._closed_form_inverse(shift / self.factor)
         return None if inner is None else inner / self.factor
 
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        return self.operator._exact_logdet(scale * self.factor, shift)
+
     def _mapped(self, function: PartMap) -> TensorOperator:
         operator = function(self.operator)
         return ScaledOperator(operator, self.factor, space=self._space_on(operator.device))
@@ -136,6 +146,9 @@ class ShiftedOperator(CompositeOperator):
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         return self.operator._closed_form_inverse(self.shift_value + shift)
 
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        return self.operator._exact_logdet(scale, scale * self.shift_value + shift)
+
     def _mapped(self, function: PartMap) -> TensorOperator:
         operator = function(self.operator)
         return ShiftedOperator(operator, self.shift_value, space=self._space_on(operator.device))
@@ -176,6 +189,18 @@ class ComposedOperator(CompositeOperator):
         left, right = (part._closed_form_inverse(0.0) for part in (self.left, self.right))
         return None if left is None or right is None else right @ left
 
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        if shift != 0 or scale <= 0:
+            return None
+        try:
+            left, right = (part._exact_logdet(1.0, 0.0) for part in (self.left, self.right))
+        except StructureError:
+            # The product of two indefinite operators may well be definite, as A @ A is.
+            return None
+        if left is None or right is None:
+            return None
+        return self.input_size * log(scale) + left + right
+
     def _mapped(self, function: PartMap) -> TensorOperator:
         left = function(self.left)
         return ComposedOperator(left, left if self.right is self.left else function(self.right))
@@ -207,6 +232,9 @@ class TransposedOperator(CompositeOperator):
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         inverse = self.operator._closed_form_inverse(shift)
         return None if inverse is None else inverse.T
+
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        return self.operator._exact_logdet(scale, shift)
 
     def _mapped(self, function: PartMap) -> TensorOperator:
         return TransposedOperator(function(self.operator))

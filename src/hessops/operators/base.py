@@ -53,8 +53,9 @@ class TensorOperator(Printed, ABC):
     ``_apply_vector(vector)`` for one ``(n,)`` vector. All else follows: checks, `apply`, ``@``, the
     algebra, `to_dense`, `to_scipy`, `inverse`. Further hooks where they apply: ``_move(device)``
     for `to`, ``_apply_rows_adjoint(rows)`` for `T` of a map that is not symmetric,
-    ``_closed_form_inverse(shift)`` for `inverse`, and ``_children()`` for what the operator is made
-    of. `hessops.testing.check_operator` tests a subclass.
+    ``_closed_form_inverse(shift)`` for `inverse`, ``_exact_logdet(scale, shift)`` for
+    `hessops.estimators.logdet`, and ``_children()`` for what the operator is made of.
+    `hessops.testing.check_operator` tests a subclass.
 
     Args:
         input_size: n.
@@ -141,6 +142,15 @@ class TensorOperator(Printed, ABC):
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         """The hook for `inverse`: (A + shift·I)⁻¹ in closed form, or ``None``."""
+        return None
+
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        """The hook for `logdet`: log det(scale·A + shift·I) by a formula, or ``None``.
+
+        Raises:
+            StructureError: scale·A + shift·I is known not to be positive definite.
+            SingularOperatorError: It is singular to working precision.
+        """
         return None
 
     def _identity_factor(self) -> float | None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from hessops.errors import ArgumentError, DtypeError, ShapeError, SingularOperatorError
 from hessops.operators.base import TensorOperator
+from hessops.operators.determinant import sum_of_logarithms
 from hessops.operators.diagonal import require_space
+from hessops.operators.eigen import CUTOFF_FACTOR
 from hessops.operators.inverse import DirectInverse
 from hessops.space import ParameterSpace
 from hessops.validation import checked_floating, checked_regularization
@@ -78,6 +80,20 @@ class MatrixOperator(TensorOperator):
         if shift == 0:
             inverse._positive_semidefinite = self.positive_semidefinite
         return inverse
+
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        if not self.symmetric or self.matrix.is_meta:
+            return None
+        matrix = scale * self.matrix.double()
+        matrix = _shifted((matrix + matrix.T) / 2, shift)
+        factor, failures = torch.linalg.cholesky_ex(matrix)
+        diagonal = matrix.diagonal()
+        precision = CUTOFF_FACTOR * torch.finfo(self.dtype).eps
+        # A pivot that is the rounding of its diagonal entry: it may be zero or negative.
+        if bool(failures) or bool((factor.diagonal().square() <= precision * diagonal).any()):
+            values = torch.linalg.eigvalsh(matrix)
+            return sum_of_logarithms(values, precision * values.abs().max(), type(self).__name__)
+        return float(2 * factor.diagonal().log().sum().item())
 
     def _move(self, device: torch.device) -> Self:
         moved = self._copy_on(device)

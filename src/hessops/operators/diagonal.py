@@ -19,6 +19,7 @@ from hessops.errors import (
     SingularOperatorError,
 )
 from hessops.operators.base import CompositeOperator, TensorOperator
+from hessops.operators.determinant import rounding_of_sum, sum_of_logarithms
 from hessops.space import ParameterSpace
 from hessops.validation import checked_floating
 
@@ -68,6 +69,10 @@ class IdentityOperator(TensorOperator):
         if 1 + shift == 0:
             raise SingularOperatorError(f"I + ({shift:g}) I is singular")
         return self / (1 + shift)
+
+    def _exact_logdet(self, scale: float, shift: float) -> float:
+        value = torch.full((1,), scale + shift, dtype=torch.float64, device="cpu")
+        return self.input_size * sum_of_logarithms(value, 0.0, type(self).__name__)
 
     def _move(self, device: torch.device) -> Self:
         return self._copy_on(device)
@@ -121,6 +126,13 @@ class DiagonalOperator(TensorOperator):
                 "singular: shift it"
             )
         return DiagonalOperator(1 / shifted, space=self.space)
+
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        if self.diagonal.is_meta:
+            return None
+        scaled = scale * self.diagonal.double()
+        rounding = rounding_of_sum(scaled, shift, torch.float64)
+        return sum_of_logarithms(scaled + shift, rounding, type(self).__name__)
 
     def _move(self, device: torch.device) -> Self:
         moved = self._copy_on(device)
@@ -194,6 +206,15 @@ class BlockDiagonalOperator(CompositeOperator):
         if len(known) < len(inverses):
             return None
         return BlockDiagonalOperator._at(known, self._positions, self.space)
+
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        total = 0.0
+        for block in self.blocks:
+            value = block._exact_logdet(scale, shift)
+            if value is None:
+                return None
+            total += value
+        return total
 
     @classmethod
     def _at(

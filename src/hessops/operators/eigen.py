@@ -171,14 +171,24 @@ class EigenOperator(TensorOperator):
             SingularOperatorError: A + λI is singular to working precision.
             StructureError: It has negative eigenvalues.
         """
-        damped = self.damped(regularization)
-        if damped.positive_semidefinite is False:
+        return self._logdet(checked_regularization(regularization))
+
+    def _logdet(self, shift: float) -> float:
+        """log det(A + shift·I)."""
+        shifted = self.eigenvalues.double() + shift
+        if bool((shifted < 0).any()):
             raise StructureError(
-                f"{type(self).__name__} + {regularization:g} I has negative eigenvalues (the "
-                f"smallest is {damped.eigenvalues.min().item():.3e}), and no real log-determinant"
+                f"{type(self).__name__} + {shift:g} I has negative eigenvalues (the smallest is "
+                f"{shifted.min().item():.3e}), and no real log-determinant"
             )
-        self._require_regular(damped.eigenvalues, regularization)
-        return damped.eigenvalues.double().log().sum().item()
+        self._require_regular(shifted, shift)
+        return shifted.log().sum().item()
+
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        if self.eigenvalues.is_meta:
+            return None
+        scaled = self if scale == 1 else self._with_eigenvalues(scale * self.eigenvalues)
+        return scaled._logdet(shift)
 
     def pseudo_inverse(self, cutoff: float | None = None) -> EigenOperator:
         r"""The Moore-Penrose inverse, where eigenvalues that are rounding count as zero.

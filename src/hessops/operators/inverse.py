@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from math import log
 from typing import Self
 
 import torch
@@ -24,6 +25,7 @@ from hessops.errors import (
     ShapeError,
     SolverBreakdownError,
     SolverError,
+    StructureError,
 )
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
@@ -212,6 +214,19 @@ class InverseOperator(TensorOperator):
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         return self.system if shift == 0 else None
+
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        # With B = A + λI: c B⁻¹ + s I = (c I + s B) B⁻¹.
+        if shift == 0 and scale > 0:
+            of_system = self.system._exact_logdet(1.0, 0.0)
+            return None if of_system is None else self.input_size * log(scale) - of_system
+        try:
+            of_system = self.system._exact_logdet(1.0, 0.0)
+            of_factor = self.system._exact_logdet(shift, scale)
+        except StructureError:
+            # An indefinite inverse that scale and shift may make definite.
+            return None
+        return None if of_system is None or of_factor is None else of_factor - of_system
 
     def _move(self, device: torch.device) -> Self:
         moved = self._copy_on(device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hessops.errors import ArgumentError, ArgumentTypeError, SingularOperatorError
 from hessops.functional.low_rank import LowRankProductRepresentation
 from hessops.operators.base import TensorOperator
+from hessops.operators.determinant import rounding_of_sum, sum_of_logarithms
 from hessops.operators.inverse import DirectInverse
 from hessops.space import ParameterSpace
 from hessops.validation import checked_number
@@ -78,6 +79,19 @@ class LowRankProductOperator(TensorOperator):
         offset = 1 / shift if shift else 0.0
         inverted = replace(representation, eigen_vals=1 / damped - offset)
         return LowRankProductOperator(inverted, space=self.space).shift(offset)
+
+    def _exact_logdet(self, scale: float, shift: float) -> float | None:
+        representation, name = self.low_rank_representation, type(self).__name__
+        if representation.eigen_vals.is_meta:
+            return None
+        scaled = scale * representation.eigen_vals.double()
+        rounding = rounding_of_sum(scaled, shift, self.dtype)
+        inside = sum_of_logarithms(scaled + shift, rounding, name) if len(scaled) else 0.0
+        codimension = self.input_size - representation.rank
+        if codimension == 0:
+            return inside
+        outside = torch.full((1,), shift, dtype=torch.float64, device="cpu")
+        return inside + codimension * sum_of_logarithms(outside, 0.0, name)
 
     def _move(self, device: torch.device) -> Self:
         moved = self._copy_on(device)
