@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessops.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError
 from hessops.estimators.estimate import Estimate
+from hessops.printed import Node, Printed, counted
 from hessops.validation import checked_floating, checked_number
 
 # Of a spectrum that is one point, the width of the density is this fraction of its size.
@@ -19,8 +20,8 @@ POINT_WIDTH = 0.01
 POINT_RANGE = 1e-5
 
 
-@dataclass(frozen=True, eq=False)
-class SpectralDensity:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralDensity(Printed):
     r"""The distribution of the eigenvalues of a symmetric operator, as quadratures of probes.
 
     Each of m random probes q gives s Ritz values :math:`\theta_j` with weights :math:`w_j`, such
@@ -52,12 +53,13 @@ class SpectralDensity:
     size: int
     num_products: int
 
-    def __repr__(self) -> str:
+    def _node(self) -> Node:
         probes, steps = self.nodes.shape
         smallest, largest = self.extremes
-        return (
-            f"SpectralDensity({probes} probes of {steps} steps, eigenvalues of {self.size} from "
-            f"{smallest:.4g} to {largest:.4g}, {self.num_products} products)"
+        return Node(
+            f"SpectralDensity({counted(probes, 'probe')} of {counted(steps, 'step')}, eigenvalues "
+            f"of {self.size} from {smallest:.4g} to {largest:.4g}, "
+            f"{counted(self.num_products, 'product')})"
         )
 
     @property

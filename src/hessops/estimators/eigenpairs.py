@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
@@ -25,8 +24,10 @@ from hessops.functional.krylov import ritz_pairs
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.operators.inverse import default_rtol
+from hessops.printed import Node, Printed, counted
 from hessops.randomness import resolved_generator
 from hessops.validation import checked_count, checked_number
+from hessops.warn import warn
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 EigenMethod = Literal["arpack", "lobpcg"]
@@ -44,8 +45,8 @@ _SHIFTS: dict[SpectrumEnd, float] = {"LM": 0.0, "LA": 2.0, "SA": -2.0, "BE": 2.0
 LOBPCG_ROOM = 5
 
 
-@dataclass(frozen=True, eq=False)
-class Eigenpairs:
+@dataclass(frozen=True, eq=False, repr=False)
+class Eigenpairs(Printed):
     r"""Approximate eigenvalues and eigenvectors of a symmetric operator.
 
     Attributes:
@@ -69,13 +70,14 @@ class Eigenpairs:
     residual_norms: Tensor
     num_products: int
 
-    def __repr__(self) -> str:
+    def _node(self) -> Node:
         count, size = self.vectors.shape
+        products = counted(self.num_products, "product")
         if count == 0:
-            return f"Eigenpairs(none of {size}, {self.num_products} products)"
+            return Node(f"Eigenpairs(none of {size}, {products})")
         ends = f"from {self.values[0].item():.4g} down to {self.values[-1].item():.4g}"
         residual = f"residual norms <= {self.residual_norms.max().item():.1g}"
-        return f"Eigenpairs({count} of {size}, {ends}, {residual}, {self.num_products} products)"
+        return Node(f"Eigenpairs({count} of {size}, {ends}, {residual}, {products})")
 
     def _at(self, positions: Tensor) -> Eigenpairs:
         return replace(
@@ -357,10 +359,9 @@ def _converged(pairs: Eigenpairs, count: int, settings: _Settings, scale: float)
     allowed = 2 * settings.accuracy(pairs.values.dtype) * norm
     kept = (pairs.residual_norms <= allowed).nonzero().squeeze(1)
     if len(kept) < count:
-        warnings.warn(
+        warn(
             f"{len(kept)} of {count} eigenpairs converged to tol={settings.tol:g}; only those are "
             "returned. Raise max_iter or krylov_dimension, loosen tol, or take the other method",
             ConvergenceWarning,
-            stacklevel=3,
         )
     return pairs._at(kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -26,6 +25,7 @@ from hessops.operators.dense import MatrixOperator
 from hessops.operators.determinant import not_positive_definite
 from hessops.randomness import resolved_generator
 from hessops.validation import checked_count
+from hessops.warn import warn
 
 LogdetMethod = Literal["auto", "exact", "slq"]
 
@@ -186,10 +186,9 @@ def _last_change(tridiagonal: Tridiagonal) -> float:
 
 def _judge(quadrature_error: float, allowed: float, num_steps: int) -> None:
     if quadrature_error > allowed:
-        warnings.warn(
+        warn(
             f"logdet: the quadratures have not converged in {num_steps} steps of Lanczos: the "
             f"value may be too large by about {quadrature_error:.2g}, which is above the standard "
             f"error {allowed:.2g} of the probes; raise num_steps, or shift the operator",
             ConvergenceWarning,
-            stacklevel=4,
         )

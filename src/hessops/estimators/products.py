@@ -7,11 +7,11 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hessops.errors import ArgumentTypeError, StructureError
 from hessops.functional.checks import excess_asymmetry
 from hessops.operators.base import TensorOperator
+from hessops.progress import progress_bar
 from hessops.randomness import standard_normal
 from hessops.validation import require_single_or_double
 
@@ -48,15 +48,11 @@ class CountedProducts:
     ) -> None:
         self.operator = operator.linearize()
         self.count = 0
-        self._bar = tqdm(
-            desc=description,
-            unit="product",
-            total=total,
-            leave=False,
-            disable=not progress or operator.processes.rank != 0,
-        )
+        show = progress and operator.processes.rank == 0
+        self._bar = progress_bar(description, "product", total, show=show)
 
     def __enter__(self) -> Self:
+        self._shown = self._bar.__enter__()
         return self
 
     def __exit__(
@@ -65,7 +61,7 @@ class CountedProducts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        self._bar.__exit__(error_type, error, traceback)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """A times a vector ``(n,)`` or the rows of ``(k, n)``.
@@ -76,7 +72,7 @@ class CountedProducts:
         result = self.operator.apply(tensor)
         number = 1 if tensor.ndim == 1 else len(tensor)
         self.count += number
-        self._bar.update(number)
+        self._shown.advance(number)
         return result
 
 
