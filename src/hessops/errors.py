@@ -7,6 +7,8 @@ what came, what was expected and what to do.
 
 from __future__ import annotations
 
+import pickle
+
 
 class HessopsError(Exception):
     """Base class of every error raised by `hessops`."""
@@ -150,6 +152,10 @@ class RemoteError(DistributedError):
 
 class NotFittedError(HessopsError, RuntimeError):
     """An influence model is used before ``fit``."""
+
+
+class CopyError(HessopsError, pickle.PicklingError, TypeError):
+    """A part of an object can be neither copied nor pickled."""
 
 
 class StoreError(HessopsError, ValueError):

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -37,7 +38,7 @@ ADAPTIVE_FACTOR = 10
 ADAPTIVE_START = 10
 
 
-class Preconditioner(ABC):
+class Preconditioner(Copyable, ABC):
     r"""A recipe: fitted to A and λ it yields an operator close to :math:`(A + \lambda I)^{-1}`.
 
     A subclass defines `fit`. Any solver with a ``preconditioner`` argument takes an instance, fits

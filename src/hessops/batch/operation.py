@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 from hessops.functional.products import Stack
 from hessops.isolation import isolated
@@ -22,7 +23,7 @@ from hessops.validation import checked_rows
 AddRows = Callable[[Tensor, Tensor, float], None]
 
 
-class BatchOperation(ABC):
+class BatchOperation(Copyable, ABC):
     r"""The linear map :math:`v \mapsto m(b)\, v` of one batch b: the mean over *its* points.
 
     A subclass hands its parameter space to this constructor and defines `_apply_stack`. `apply`
@@ -72,7 +73,7 @@ class BatchOperation(ABC):
             The same structure.
         """
 
-    def check(self, batch: Batch) -> None:  # noqa: B027  # optional: most operations have no claim
+    def check(self, batch: Batch) -> None:  # optional: most operations have no claim
         """Verifies what can be verified on a batch; called for every batch of a first pass."""
 
     def apply(self, batch: Batch | tuple[object, object], tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentError, ArgumentTypeError, DataError, DtypeError, ShapeError
 from hessops.influence.converter import ArrayConverter, TorchNumpyConverter
 from hessops.influence.dask_dataset import torch_dataset_to_dask_array
@@ -45,7 +46,7 @@ from hessops.solvers import LissaOperator
 __all__ = ["DaskInfluenceCalculator", "TorchNumpyConverter", "torch_dataset_to_dask_array"]
 
 
-class DaskInfluenceCalculator:
+class DaskInfluenceCalculator(Copyable):
     r"""Influences of collections as dask arrays, computed by the workers of a cluster.
 
     With :math:`f_i = (A + \lambda I)^{-1} \nabla\ell_i` the factors of m test points, the

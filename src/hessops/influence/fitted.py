@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import ParameterNameError, ShapeError
 from hessops.influence.description import Description, digest_of_batch, digest_of_description
 from hessops.influence.gradients import GradientProvider, checked_factors
@@ -73,7 +74,7 @@ def _digests_of_batches(part: BatchOperator) -> list[Description]:
 
 
 @dataclass(frozen=True)
-class FittedBlock:
+class FittedBlock(Copyable):
     """What was fitted for one block of parameters.
 
     Attributes:
@@ -104,7 +105,7 @@ class FittedBlock:
 
 
 @dataclass(frozen=True)
-class FittedModel:
+class FittedModel(Copyable):
     """What `InfluenceFunctionModel.fit` found.
 
     Attributes:

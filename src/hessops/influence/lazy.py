@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentError, DistributedError, ShapeError
 from hessops.files import digest_of_tensors
 from hessops.influence.description import (
@@ -46,7 +47,7 @@ class Rows:
     factors: Tensor | None
 
 
-class FactorSource(ABC):
+class FactorSource(Copyable, ABC):
     """The factors of m test points, some rows at a time."""
 
     @abstractmethod
@@ -67,7 +68,7 @@ class FactorSource(ABC):
     def first_size(self) -> int:
         """Rows that `rows` yields first."""
 
-    def require_resumable(self) -> None:  # noqa: B027  # what is there already is
+    def require_resumable(self) -> None:  # what is there already is
         """Raises `DistributedError` where some rows cannot be computed without the others."""
 
     @abstractmethod
@@ -271,7 +272,7 @@ class TopInfluences:
     indices: Tensor
 
 
-class LazyInfluences:
+class LazyInfluences(Copyable):
     """The influences of n training points on m test points, chunk by chunk.
 
     Made by `SequentialInfluenceCalculator`. Nothing is computed until it is asked for, and nothing

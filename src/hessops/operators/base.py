@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, overload
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 DENSE_CHUNK_BYTES = 2**28
 
 
-class TensorOperator(ABC):
+class TensorOperator(Copyable, ABC):
     r"""A linear map A on :math:`R^n`, known by its products with vectors.
 
     A subclass states size, dtype and device to this constructor and defines *one* hook:
