@@ -256,7 +256,8 @@ OPERATORS: Mapping[str, Case] = {
     "Hessian of data that are not kept": Case(
         lambda: of_model(HessianOperator, in_order(), cache=False)
     ),
-    "Hessian, compiled": operator(HessianOperator, compile=True),
+    # Tracing takes long; test_compiled moves it.
+    "Hessian, compiled": Case(partial(made, HessianOperator, compile=True), moves=None),
     "Gauss-Newton": operator(GaussNewtonOperator),
     "generalized Gauss-Newton": operator(GeneralizedGaussNewtonOperator),
     "inverse harmonic mean": operator(hessops.InverseHarmonicMeanOperator, LAMBDA),
@@ -315,7 +316,7 @@ SOLVERS: Mapping[str, Case] = {
         lambda G: LissaOperator(G.batch_operation, in_order(), LAMBDA, 9, scale="auto")
     ),
     "LiSSA, one batch": solver(
-        lambda G: LissaOperator(G.batch_operation, [points()], LAMBDA, 60, scale=2.0, rtol=0.3)
+        lambda G: LissaOperator(G.batch_operation, [points()], LAMBDA, 20, scale=2.0, rtol=0.3)
     ),
     "LiSSA of an operator": solver(lambda G: LissaOperator.from_operator(G, LAMBDA, 9)),
     "refinement": solver(

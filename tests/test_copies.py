@@ -98,7 +98,7 @@ def test_copies_and_pickles_compute_the_same_bits_before_and_after_use(name: str
     case = CASES[name]
     original = case.make()
     sizes = [len(pickle.dumps(original))]
-    fresh = [copied(original) for copied in COPIES.values()]
+    fresh = [copied(original) for copied in (copy.deepcopy, pickled)]
     seen = case.see(original)
     sizes.append(len(pickle.dumps(original)))
     used = [copied(original) for copied in COPIES.values()]
@@ -166,8 +166,8 @@ def test_to_takes_along_all_but_what_is_the_users_and_leaves_the_original(name: 
             continue
         left = [t for t in tensors_of(thing.to("meta")) if t.is_floating_point() and not t.is_meta]
         assert storages(left) <= storages(tensors_of(list(of_the_user(thing))))
+        assert type(thing.to("cpu")) is type(thing)
     assert same_bits(case.see(original), seen)
-    assert same_bits(case.see(other.to("cpu")), seen)
 
 
 def of_the_user(thing: object) -> Iterator[object]:
