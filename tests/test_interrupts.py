@@ -63,6 +63,8 @@ from hessops.isolation import is_transformed
 
 NUM_POINTS = 12
 SIZE = 10  # parameters of the model
+# Each action is interrupted on so many objects, in turn.
+NUM_OBJECTS = 2
 
 
 # --- where an interrupt may come -----------------------------------------------------------------
@@ -276,31 +278,31 @@ TABLE: Mapping[str, tuple[Action, ...]] = {
     "KFAC": constructed(KfacOperator),
     "EKFAC": constructed(partial(EkfacOperator, fisher_type="monte-carlo")),
     "KFAC, refreshed": refreshed(KfacOperator),
-    "CG": solver(lambda A: CgOperator(A, LAMBDA, rtol=1e-3)),
-    "block CG": solver(lambda A: CgOperator(A, LAMBDA, rtol=1e-3, use_block_cg=True)),
+    "CG": solver(lambda A: CgOperator(A, LAMBDA, rtol=1e-2)),
+    "block CG": solver(lambda A: CgOperator(A, LAMBDA, rtol=1e-2, use_block_cg=True)),
     "CG, Nyström": solver(
-        lambda A: CgOperator(A, LAMBDA, rtol=1e-3, preconditioner=NystroemPreconditioner(3))
+        lambda A: CgOperator(A, LAMBDA, rtol=1e-2, preconditioner=NystroemPreconditioner(3))
     ),
     "CG, Jacobi": solver(
-        lambda A: CgOperator(A, LAMBDA, rtol=1e-3, preconditioner=JacobiPreconditioner(3))
+        lambda A: CgOperator(A, LAMBDA, rtol=1e-2, preconditioner=JacobiPreconditioner(3))
     ),
     "CG, blocks": of_model(
         lambda w: CgOperator(w.ggn(), LAMBDA, preconditioner=BlockDiagonalPreconditioner()),
         solution,
     ),
-    "MINRES": solver(lambda A: MinresOperator(A, LAMBDA, rtol=1e-3)),
+    "MINRES": solver(lambda A: MinresOperator(A, LAMBDA, rtol=1e-2)),
     "LiSSA": of_model(
-        lambda w: LissaOperator(w.ggn().batch_operation, w.shuffled, LAMBDA, 9, num_chains=2),
+        lambda w: LissaOperator(w.ggn().batch_operation, w.shuffled, LAMBDA, 4, num_chains=2),
         solution,
     ),
     "LiSSA, scaled": of_model(
-        lambda w: LissaOperator(w.ggn().batch_operation, w.ordered, LAMBDA, 9, scale="auto"),
+        lambda w: LissaOperator(w.ggn().batch_operation, w.ordered, LAMBDA, 4, scale="auto"),
         solution,
     ),
-    "LiSSA, an operator": solver(lambda A: LissaOperator.from_operator(A, LAMBDA, 9, scale="auto")),
+    "LiSSA, an operator": solver(lambda A: LissaOperator.from_operator(A, LAMBDA, 4, scale="auto")),
     "refinement": of_model(
         lambda w: IterativeRefinementOperator(
-            w.ggn(), partial(MinresOperator, rtol=1e-2), regularization=LAMBDA
+            w.ggn(), partial(MinresOperator, rtol=0.1), regularization=LAMBDA, rtol=1e-2
         ),
         solution,
     ),
@@ -323,7 +325,7 @@ TABLE: Mapping[str, tuple[Action, ...]] = {
     "CgInfluence": influence(
         CgInfluence, second_order_mode="gauss_newton", preconditioner=NystroemPreconditioner(3)
     ),
-    "LissaInfluence": influence(LissaInfluence, maxiter=5, warn_on_max_iteration=False),
+    "LissaInfluence": influence(LissaInfluence, maxiter=3, warn_on_max_iteration=False),
     "ArnoldiInfluence": influence(ArnoldiInfluence, rank=2),
     "NystroemSketchInfluence": influence(
         NystroemSketchInfluence, second_order_mode="gauss_newton", rank=3
@@ -393,10 +395,14 @@ def state_of(world: World) -> dict[str, object]:
 # --- interrupted ---------------------------------------------------------------------------------
 
 
-def moments(place: str, passes: int, source: random.Random) -> list[int]:
-    """The last pass, which is met by a fresh object, one between, and the first."""
-    between = source.randint(1, passes)
-    return [between] if place == "loss" else [passes, between, 1]
+def moments(passes: Mapping[str, int], source: random.Random) -> list[tuple[str, int]]:
+    """Of each place the first pass, the last, and one between; in any order."""
+    found = [
+        (place, number)
+        for place, count in passes.items()
+        for number in {1, source.randint(1, count), count}
+    ]
+    return source.sample(found, len(found))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -409,11 +415,12 @@ def test_an_interrupt_leaves_all_as_it_was_and_the_next_call_is_that_of_a_fresh_
     expected = action.call(thing)
     passes = {place: count for place, count in ALARM.seen.items() if count}
     assert passes
-    for place, count in passes.items():
-        world = World(tmp_path / place)
+    chosen = moments(passes, source)
+    for start in range(min(NUM_OBJECTS, len(chosen))):
+        world = World(tmp_path / str(start))
         thing = action.make(world)
         before, caught = state_of(world), []
-        for number in moments(place, count, source):
+        for place, number in chosen[start::NUM_OBJECTS]:
             ALARM.set(place, number)
             try:
                 # One that was interrupted before may have less to do, and is not interrupted.
@@ -424,8 +431,8 @@ def test_an_interrupt_leaves_all_as_it_was_and_the_next_call_is_that_of_a_fresh_
             assert differing(before, state_of(world)) == [], (place, number)
             assert not list(world.path.rglob("*.partial")), (place, number)
         assert caught
-        assert same_bits(action.call(thing), expected), place
-        assert differing(before, state_of(world)) == [], place
+        assert same_bits(action.call(thing), expected)
+        assert differing(before, state_of(world)) == []
 
 
 def differing(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
