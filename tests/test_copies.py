@@ -46,7 +46,13 @@ from hessops import (
     SampleSpaceInverse,
 )
 from hessops.errors import CopyError, DeviceError, HessopsError
-from hessops.influence import CgInfluence, DirectInfluence, Influence, InfluenceFunctionModel
+from hessops.influence import (
+    CgInfluence,
+    DaskInfluenceCalculator,
+    DirectInfluence,
+    Influence,
+    InfluenceFunctionModel,
+)
 from hessops.snapshot import ModelSnapshot
 
 # What is noted about the data in the first use; the data themselves are more.
@@ -73,7 +79,7 @@ BASES = {
     hessops.TensorOperator,
 }
 # Their cases are below: they need a process group, and a cluster.
-OF_SEVERAL_PROCESSES = {DistributedAveraging, hessops.influence.DaskInfluenceCalculator}
+OF_SEVERAL_PROCESSES = {DistributedAveraging, DaskInfluenceCalculator}
 
 
 @cache
@@ -210,21 +216,33 @@ def test_a_structure_of_the_user_is_copied_as_one() -> None:
     assert same_bits(product(H), stayed)
 
 
+@pytest.mark.parametrize("max_bytes", [None, 0])
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_refreshing_a_copy_leaves_the_original_and_its_graphs(copied: Copying) -> None:
+def test_refreshing_a_copy_or_the_original_leaves_the_other(
+    copied: Copying, max_bytes: int | None
+) -> None:
     model = net()
-    L = HessianOperator(model, nn.CrossEntropyLoss(), in_order()).linearize()
+    L = HessianOperator(model, nn.CrossEntropyLoss(), in_order()).linearize(max_bytes)
     before = product(L)
-    twin = copied(L)
+    twin, other = copied(L), copied(L)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     assert same_bits(product(twin), before)
-    is_same_model = twin.objective._snapshot.users_model is model
-    assert is_same_model is (copied is copy.copy)
-    assert same_bits(product(twin.refresh()), before) is not is_same_model
+    # A shallow copy has the same model to refresh from, others have their own.
+    assert same_bits(product(twin.refresh()), before) is not (copied is copy.copy)
     assert same_bits(product(L), before)
     assert not same_bits(product(L.refresh()), before)
+    assert same_bits(product(other), before)
+
+
+def test_what_is_found_again_is_left_behind() -> None:
+    fitted = CASES["what was fitted"].make()
+    names = set(vars(fitted))
+    CASES["what was fitted"].see(fitted)
+    assert set(vars(fitted)) > names
+    for copied in COPIES.values():
+        assert set(vars(copied(fitted))) == names
 
 
 def test_what_is_kept_of_a_shuffled_loader_comes_in_the_same_order_in_a_copy() -> None:
@@ -369,6 +387,13 @@ def test_a_copy_within_the_process_has_the_same_process_group_and_a_pickle_none(
             pickle.dumps(H)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_calculator_on_a_cluster_has_no_copy() -> None:
+    calculator = DaskInfluenceCalculator.__new__(DaskInfluenceCalculator)
+    for copied in (copy.deepcopy, pickled):
+        with pytest.raises(CopyError, match=r"client of a DaskInfluenceCalculator .*this process"):
+            copied([calculator])
 
 
 def test_slots_and_states_of_a_subclass_are_honoured() -> None:

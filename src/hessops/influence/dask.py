@@ -6,13 +6,20 @@ import copy
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from hessops.copies import Copyable
-from hessops.errors import ArgumentError, ArgumentTypeError, DataError, DtypeError, ShapeError
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CopyError,
+    DataError,
+    DtypeError,
+    ShapeError,
+)
 from hessops.influence.converter import ArrayConverter, TorchNumpyConverter
 from hessops.influence.dask_dataset import torch_dataset_to_dask_array
 from hessops.influence.dask_graphs import (
@@ -118,6 +125,21 @@ class DaskInfluenceCalculator(Copyable):
         self._token = hashlib.sha256(payload).hexdigest()[:32]
         self._delivery = _sent(payload, f"influence-model-{self._token}", client)
         self._made: dict[str, Origin] = {}
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refused: a pickled client comes back broken.
+
+        Raises:
+            CopyError: That.
+        """
+        raise CopyError(
+            f"the client of a {type(self).__name__} belongs to this process and can be neither "
+            "copied nor pickled: copy the model, and make a calculator for it where there is a "
+            "client"
+        )
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__reduce_ex__(None)
 
     # --- lazy results --------------------------------------------------------------------
 
