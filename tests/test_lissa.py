@@ -242,6 +242,15 @@ def test_equal_calls_are_bitwise_equal_and_leave_the_random_state() -> None:
             assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_second_solve_stops_where_the_first_did_although_it_knows_the_data() -> None:
+    known, lissa = (LissaOperator(OPERATION, [(X, Y)], 0.5, scale=5.0) for _ in range(2))
+    rhs = normal(2, SIZE)
+    start = known.solve(rhs).value
+    first, second = (lissa.solve(rhs, x0=start) for _ in range(2))
+    assert torch.equal(first.iterations, second.iterations)
+    assert torch.equal(first.value, second.value)
+
+
 def test_the_generator_decides_the_order_of_a_loader_that_shuffles() -> None:
     rhs = normal(SIZE)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
 from hessops.batch.averaging import NOTHING, Averaging, PointAveraging, Summand
+from hessops.copies import Copyable
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -162,7 +163,7 @@ class DistributedAveraging(Averaging):
         return Node(f"DistributedAveraging({self._averaging!r}, rank {rank} of {size})")
 
 
-class GroupOfProcesses(Processes):
+class GroupOfProcesses(Processes, Copyable):
     """The processes of a torch.distributed group.
 
     Args:
@@ -186,6 +187,10 @@ class GroupOfProcesses(Processes):
         world = dist.group.WORLD
         assert world is not None
         self.group: dist.ProcessGroup = world if group is None else group
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself: there is one such group in a process."""
+        return self
 
     @property
     def rank(self) -> int:

@@ -19,6 +19,8 @@ points at the line that called the library.
 
 from __future__ import annotations
 
+import pickle
+
 
 class HessopsError(Exception):
     """Base class of every error raised by `hessops`."""
@@ -165,6 +167,10 @@ class RemoteError(DistributedError):
 
 class NotFittedError(HessopsError, RuntimeError):
     """An influence model is used before ``fit``."""
+
+
+class CopyError(HessopsError, pickle.PicklingError, TypeError):
+    """A part of an object can be neither copied nor pickled."""
 
 
 class StoreError(HessopsError, ValueError):

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from hessops.copies import Copyable
 from hessops.errors import HessopsError, ModelError
 from hessops.isolation import without_remarks
 from hessops.point_loss import Loss, PointLoss, Reduction
@@ -21,7 +22,7 @@ from hessops.streaming import Batch
 from hessops.verification import Verification
 
 
-class Objective(Printed):
+class Objective(Copyable, Printed):
     r"""The mean loss :math:`L(\theta) = \frac1n \sum_i \ell_i(\theta)` of a model over points.
 
     :math:`\ell_i` is the loss on point i alone. The objective works on a copy of the model, taken

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentError, ArgumentTypeError, LossError
 from hessops.isolation import without_remarks
 from hessops.nested import map_tensors, tensor_leaves
@@ -30,7 +31,7 @@ ADVICE_ON_LOSS = (
 
 
 @dataclass(frozen=True)
-class PointLoss:
+class PointLoss(Copyable):
     r"""The losses :math:`\ell_i` of points as functions of a model's output.
 
     Attributes:
@@ -55,6 +56,8 @@ class PointLoss:
 
     function: Loss
     reduction: Reduction
+
+    _names_of_parts: ClassVar[Mapping[str, str]] = {"function": "loss"}
 
     def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -38,7 +39,7 @@ ADAPTIVE_FACTOR = 10
 ADAPTIVE_START = 10
 
 
-class Preconditioner(Printed, ABC):
+class Preconditioner(Copyable, Printed, ABC):
     r"""A recipe: fitted to A and λ it yields an operator close to :math:`(A + \lambda I)^{-1}`.
 
     A subclass defines `fit`. Any solver with a ``preconditioner`` argument takes an instance, fits

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hessops.copies import Copyable
 from hessops.errors import DtypeError, LossError, ModelError
 from hessops.hashing import hash_of_entries, mixed, plain_items, word_of_values
 from hessops.isolation import isolated, twice_differentiable_kernels
@@ -23,7 +24,7 @@ from hessops.space import ParameterSpace, RestrictTo, require_finite
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-class ModelSnapshot:
+class ModelSnapshot(Copyable):
     """A copy of a model, and of a loss that is a module, as they were at one time.
 
     It never changes: `refreshed` and `to` return another. The user's model is never written to,
@@ -64,6 +65,12 @@ class ModelSnapshot:
         >>> bool(snapshot.refreshed().params["weight"].any())
         False
     """
+
+    _names_of_parts: ClassVar[Mapping[str, str]] = {
+        "module": "model",
+        "users_model": "model",
+        "users_loss": "loss",
+    }
 
     space: ParameterSpace
     module: nn.Module

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from hessops.copies import Copyable
 from hessops.errors import (
     ArgumentTypeError,
     DeviceError,
@@ -25,7 +26,7 @@ RestrictTo = Mapping[str, nn.Parameter] | Iterable[str]
 
 
 @dataclass(frozen=True, repr=False)
-class ParameterSpace(Printed):
+class ParameterSpace(Copyable, Printed):
     r"""The vector space R^P of a model's parameters, as an ordered set of named blocks.
 
     A vector of the space is either flat, a tensor of shape ``(P,)``, or a dictionary

@@ -6,8 +6,8 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from hessops.copies import Copyable
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -163,7 +164,7 @@ def _common_length(x: object, y: object, position: int) -> int:
     return next(iter(lengths.values()))
 
 
-class BatchStream(Printed):
+class BatchStream(Copyable, Printed):
     """Replays an iterable of batches: the same points in every pass, counted and on one device.
 
     The loader's own order, sampler, batch sampler and ``collate_fn`` are honoured. It runs under a
@@ -203,6 +204,9 @@ class BatchStream(Printed):
         ([3, 1], 4)
     """
 
+    _names_of_parts: ClassVar[Mapping[str, str]] = {"data": "dataloader"}
+    _left_behind = ("_kept", "_kept_from")
+
     def __init__(
         self,
         data: Iterable[object],
@@ -224,9 +228,11 @@ class BatchStream(Printed):
         self.may_be_empty = may_be_empty
         # Bytes that the batches may take on the device; 0 keeps none.
         self.budget = _cache_budget(cache)
-        self._random_state = _PrivateRandomState()
+        self._random_state = _state_seeded(torch.initial_seed())
         self._first_pass: _Fingerprint | None = None
         self._kept: list[Batch] | None = None
+        # The random state before the pass whose batches are kept.
+        self._kept_from: HostRandomState | None = None
         self._overflows = False
         self._kept_is_verified = False
 
@@ -297,7 +303,7 @@ class BatchStream(Printed):
         Nothing is kept, as what is kept would come in the same order in every pass.
         """
         replay = copy.copy(self)
-        replay._random_state = _PrivateRandomState.seeded(seed)
+        replay._random_state = _state_seeded(seed)
         replay.budget, replay._kept = 0, None
         return replay
 
@@ -306,9 +312,11 @@ class BatchStream(Printed):
         """Whether every pass is known to give the same batches in the same order."""
         return _has_fixed_order(self.data)
 
-    def __getstate__(self) -> dict[str, object]:
-        """A copy loads its batches again, and compares them with those of the first pass."""
-        return {**vars(self), "_kept": None}
+    def __getstate__(self) -> object:
+        """A copy loads its batches again, in the order of those that are kept here."""
+        state = super().__getstate__()
+        begun = {"_random_state": self._kept_from or self._random_state}
+        return state | begun if isinstance(state, dict) else state
 
     def to(self, device: torch.device | str) -> BatchStream:
         """The same stream on another device; kept batches move along."""
@@ -323,8 +331,10 @@ class BatchStream(Printed):
         )
         without_values = moved.device.type == "meta"
         moved._first_pass = None if without_values else self._first_pass
+        moved._random_state = self._random_state
         if self._kept is not None:
             moved._kept = [batch.to(device) for batch in self._kept]
+            moved._kept_from = self._kept_from
             moved._kept_is_verified = self._kept_is_verified or without_values
         return moved
 
@@ -334,7 +344,9 @@ class BatchStream(Printed):
         kept: list[Batch] | None = [] if keep and self.budget > 0 else None
         kept_bytes = 0
         length = known_length(self.data)
-        raw_batches = self._random_state.iterate(self.data)
+        # A pass that is given up leaves the order of the next ones as it was.
+        private = _PrivateRandomState(self._random_state)
+        raw_batches = private.iterate(self.data)
         for position, raw in enumerate(self.shown(raw_batches, length)):
             original = Batch.from_raw(raw, self.unpack, position)
             if original.size == 0:
@@ -357,8 +369,9 @@ class BatchStream(Printed):
         else:
             self._first_pass.require_equal(fingerprint)
         if kept is not None:
-            self._kept = kept
+            self._kept, self._kept_from = kept, self._random_state
             logger.debug("%d batches are kept on %s: %d bytes", len(kept), self.device, kept_bytes)
+        self._random_state = private.state
 
     def _emptiness(self) -> DataError:
         if self._first_pass is None:
@@ -460,11 +473,7 @@ class _PrivateRandomState:
     augmentation shows up as a change of the data.
     """
 
-    state: HostRandomState = field(default_factory=lambda: _state_seeded(torch.initial_seed()))
-
-    @classmethod
-    def seeded(cls, seed: int) -> _PrivateRandomState:
-        return cls(_state_seeded(seed))
+    state: HostRandomState
 
     def iterate(self, data: Iterable[object]) -> Iterator[object]:
         data = sliced(data)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentError, DataError, ShapeError
 from hessops.functional.precision import accumulation_dtype
 from hessops.printed import Printed
@@ -25,7 +26,7 @@ class Summand(Protocol):
         """Adds weight times the value to a tensor of its shape."""
 
 
-class Averaging(Printed, ABC):
+class Averaging(Copyable, Printed, ABC):
     r"""A weighted mean over batches, :math:`\sum_b w_b v_b / \sum_b w_b`.
 
     A subclass states the weight of a batch of n points. Sums are kept in float32 where the values

@@ -177,6 +177,15 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
             norms = [gradients.norms() for gradients in self._pieces(batch)]
         return torch.cat(norms).double().square().sum().item()
 
+    def __copy__(self) -> Self:
+        twin = super().__copy__()
+        twin._begin()
+        return twin
+
+    def _move_parts(self, device: torch.device) -> None:
+        super()._move_parts(device)
+        self._begin()
+
     def refresh(self) -> Self:
         """As of `ModelBatchOperation`."""
         super().refresh()
@@ -186,6 +195,8 @@ class InverseHarmonicMeanBatchOperation(ModelBatchOperation):
     def with_regularization(self, regularization: float) -> Self:
         """The same operation for another λ > 0."""
         changed = copy.copy(self)
+        for shared in ("objective", "_gradients", "_held_matrices", "_summed"):
+            setattr(changed, shared, getattr(self, shared))
         changed.regularization = _checked_positive(regularization)
         return changed
 

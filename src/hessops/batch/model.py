@@ -261,11 +261,11 @@ class ModelBatchOperation(BatchOperation):
         fewer._forget_compiled()
         return fewer
 
-    def frozen(self) -> Self:
+    def __copy__(self) -> Self:
         """The same operation, which keeps its parameters when this one is refreshed."""
-        kept = copy.copy(self)
-        kept.objective = copy.copy(self.objective)
-        return kept
+        twin = super().__copy__()
+        twin.objective = copy.copy(self.objective)
+        return twin
 
     def _move_parts(self, device: torch.device) -> None:
         self.objective = self.objective.to(device)

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 from hessops.functional.products import Stack
 from hessops.isolation import isolated
@@ -23,7 +24,7 @@ from hessops.validation import checked_rows
 AddRows = Callable[[Tensor, Tensor, float], None]
 
 
-class BatchOperation(Printed, ABC):
+class BatchOperation(Copyable, Printed, ABC):
     r"""The linear map :math:`v \mapsto m(b)\, v` of one batch b: the mean over *its* points.
 
     A subclass hands its parameter space to this constructor and defines `_apply_stack`. `apply`

@@ -97,7 +97,7 @@ class LowerPrecisionBatchOperation(ModelBatchOperation):
         self._compiled = None
         # The check of the rounded operation is the one that looks at symmetry.
         self._symmetry_is_checked = True
-        self._hold(operation.frozen())
+        self._hold(copy.copy(operation))
 
     def _hold(self, exact: ModelBatchOperation) -> None:
         self.exact = exact
@@ -165,12 +165,12 @@ class LowerPrecisionBatchOperation(ModelBatchOperation):
         fewer.objective = fewer.exact.objective
         return fewer
 
-    def frozen(self) -> Self:
+    def __copy__(self) -> Self:
         """As of `ModelBatchOperation`."""
-        kept = copy.copy(self)
-        kept.exact = self.exact.frozen()
-        kept.objective = kept.exact.objective
-        return kept
+        twin = super().__copy__()
+        twin.exact = copy.copy(self.exact)
+        twin.objective = twin.exact.objective
+        return twin
 
     def _move_parts(self, device: torch.device) -> None:
         self.exact, self.rounded = self.exact.to(device), self.rounded.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentTypeError, ShapeError
 from hessops.influence.gradients import GradientProvider
 from hessops.operators.base import TensorOperator
@@ -13,7 +14,7 @@ from hessops.streaming import Batch
 from hessops.validation import checked_rows
 
 
-class BilinearForm(Printed):
+class BilinearForm(Copyable, Printed):
     r"""The bilinear form :math:`(u, v) \mapsto \langle A u, v\rangle` of an operator.
 
     Args:

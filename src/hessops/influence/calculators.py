@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentTypeError, ShapeError
 from hessops.influence.converter import tensor_of_array
 from hessops.influence.gradients import checked_factors
@@ -18,9 +20,10 @@ from hessops.influence.modes import InfluenceMode, checked_mode
 from hessops.influence.ordered import OrderedBatches
 from hessops.influence.storage import ZarrArray
 from hessops.printed import Node, Printed, settings_of
+from hessops.space import ParameterSpace
 
 
-class SequentialInfluenceCalculator(Printed):
+class SequentialInfluenceCalculator(Copyable, Printed):
     """Influences of collections, one batch of test points after the other.
 
     The factors of a batch of test points are computed once; then one pass over the training points
@@ -178,16 +181,17 @@ class SequentialInfluenceCalculator(Printed):
         if len(shape) != 2 or shape[1] != space.size:
             raise ShapeError(f"factors has shape {tuple(shape)}, expected (m, {space.size})")
 
-        def read(rows: object) -> Tensor:
-            return checked_factors(_tensor_of(rows), space, "factors")
-
-        return GivenFactors(factors, read)  # type: ignore[arg-type]  # any array will do
+        return GivenFactors(factors, partial(_read, space))  # type: ignore[arg-type]  # any array will do
 
 
 def _tensor_of(rows: object) -> Tensor:
     if isinstance(rows, np.ma.MaskedArray):
         raise ArgumentTypeError("factors must have no mask: fill it")
     return tensor_of_array(np.asarray(rows), "factors")
+
+
+def _read(space: ParameterSpace, rows: object) -> Tensor:
+    return checked_factors(_tensor_of(rows), space, "factors")
 
 
 def _as_it_is(rows: object) -> Tensor:

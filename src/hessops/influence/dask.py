@@ -6,12 +6,20 @@ import copy
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from hessops.errors import ArgumentError, ArgumentTypeError, DataError, DtypeError, ShapeError
+from hessops.copies import Copyable
+from hessops.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CopyError,
+    DataError,
+    DtypeError,
+    ShapeError,
+)
 from hessops.influence.converter import ArrayConverter, TorchNumpyConverter
 from hessops.influence.dask_dataset import torch_dataset_to_dask_array
 from hessops.influence.dask_graphs import (
@@ -46,7 +54,7 @@ from hessops.solvers import LissaOperator
 __all__ = ["DaskInfluenceCalculator", "TorchNumpyConverter", "torch_dataset_to_dask_array"]
 
 
-class DaskInfluenceCalculator(Printed):
+class DaskInfluenceCalculator(Copyable, Printed):
     r"""Influences of collections as dask arrays, computed by the workers of a cluster.
 
     With :math:`f_i = (A + \lambda I)^{-1} \nabla\ell_i` the factors of m test points, the
@@ -122,6 +130,21 @@ class DaskInfluenceCalculator(Printed):
     def _node(self) -> Node:
         converter = Node(f"converter={described(self.converter)}")
         return Node("DaskInfluenceCalculator()", parts=[converter, self.model])
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refused: a pickled client comes back broken.
+
+        Raises:
+            CopyError: That.
+        """
+        raise CopyError(
+            f"the client of a {type(self).__name__} belongs to this process and can be neither "
+            "copied nor pickled: copy the model, and make a calculator for it where there is a "
+            "client"
+        )
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__reduce_ex__(None)
 
     # --- lazy results --------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import ParameterNameError, ShapeError
 from hessops.influence.description import Description, digest_of_batch, digest_of_description
 from hessops.influence.gradients import GradientProvider, checked_factors
@@ -81,7 +82,7 @@ def _digests_of_batches(part: BatchOperator) -> list[Description]:
 
 
 @dataclass(frozen=True, repr=False)
-class FittedBlock(Printed):
+class FittedBlock(Copyable, Printed):
     """What was fitted for one block of parameters.
 
     Attributes:
@@ -118,7 +119,7 @@ class FittedBlock(Printed):
 
 
 @dataclass(frozen=True, repr=False)
-class FittedModel(Printed):
+class FittedModel(Copyable, Printed):
     """What `InfluenceFunctionModel.fit` found.
 
     Attributes:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentTypeError, DtypeError, NonFiniteProductError, ShapeError
 from hessops.functional.columns import columns_that_fit
 from hessops.functional.gradients import (
@@ -40,7 +41,7 @@ from hessops.validation import checked_rows, is_finite
 JACOBIAN_MOVES, GRADIENT_MOVES, ROW_MOVES = 4, 12, 10
 
 
-class GradientProvider(Printed):
+class GradientProvider(Copyable, Printed):
     r"""Derivatives of :math:`\ell_i(\theta)`, the loss on each point alone, at the objective's θ.
 
     Every batch is checked when it is first seen; see `Objective.check`. Flat vectors are in the

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import ArgumentError, DistributedError, ShapeError
 from hessops.files import digest_of_tensors
 from hessops.influence.description import (
@@ -54,7 +55,7 @@ class Rows(Printed):
         return Node(f"Rows({_span(self.points)})", note)
 
 
-class FactorSource(Printed, ABC):
+class FactorSource(Copyable, Printed, ABC):
     """The factors of m test points, some rows at a time."""
 
     @abstractmethod
@@ -307,7 +308,7 @@ class TopInfluences(Printed):
         return f"test point {number} <- {', '.join(pairs)}{more}"
 
 
-class LazyInfluences(Printed):
+class LazyInfluences(Copyable, Printed):
     """The influences of n training points on m test points, chunk by chunk.
 
     Made by `SequentialInfluenceCalculator`. Nothing is computed until it is asked for, and nothing

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hessops.batch.averaging import Averaging
+from hessops.copies import Copyable
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -88,7 +89,7 @@ class CommonSettings(TypedDict, total=False):
     generator: torch.Generator | None
 
 
-class InfluenceFunctionModel(Printed, ABC):
+class InfluenceFunctionModel(Copyable, Printed, ABC):
     r"""Influences of training points on the losses of other points.
 
     With :math:`g(z) = \nabla_\theta \ell(z; \theta)` and A the curvature of the mean training loss

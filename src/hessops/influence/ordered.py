@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from hessops.copies import Copyable
 from hessops.errors import DataChangedError, DataError
 from hessops.influence.description import digest_of_batch, digest_of_description
 from hessops.influence.gradients import GradientProvider
@@ -58,7 +59,7 @@ class Survey:
         return digest_of_description(list(self.digests))
 
 
-class OrderedBatches(Printed):
+class OrderedBatches(Copyable, Printed):
     """The batches of a loader in an order that is the same in every pass.
 
     The first pass checks every batch (see `Objective.check`) and notes its size and a hash; later
@@ -85,6 +86,9 @@ class OrderedBatches(Printed):
         >>> [placed.points for placed in OrderedBatches(data, provider, "data")]
         [slice(0, 3, None), slice(3, 5, None)]
     """
+
+    # What the first pass found stays, to compare others with.
+    _left_behind = ("_first",)
 
     def __init__(
         self,

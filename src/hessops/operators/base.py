@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, cast, 
 import torch
 from torch import Tensor
 
+from hessops.copies import Copyable
 from hessops.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -45,7 +46,7 @@ _Inverse = TypeVar("_Inverse", bound="TensorOperator")
 DENSE_CHUNK_BYTES = 2**28
 
 
-class TensorOperator(Printed, ABC):
+class TensorOperator(Copyable, Printed, ABC):
     r"""A linear map A on :math:`R^n`, known by its products with vectors.
 
     A subclass states size, dtype and device to this constructor and defines *one* hook:

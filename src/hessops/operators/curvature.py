@@ -204,13 +204,19 @@ class BatchOperator(TensorDictOperator):
         self._forget_graphs()
         return self
 
+    def __copy__(self) -> Self:
+        """An operator on the same data and copy of the model, until either is refreshed."""
+        twin = super().__copy__()
+        twin.batch_operation = copy.copy(self.batch_operation)
+        twin._forget_graphs()
+        return twin
+
     def _linearized(self, call: Linearization[TensorOperator]) -> Self:
         operation = self.batch_operation
         keeps_nothing = self._graphs is not None or self.stream.budget == 0
         if keeps_nothing or not isinstance(operation, ModelBatchOperation):
             return self
-        linearized = copy.copy(self)
-        linearized.batch_operation = operation.frozen()
+        linearized = copy.copy(self)  # with parameters of its own
         linearized._graphs = RetainedGraphs(call.memory)
         return linearized
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
@@ -421,9 +422,19 @@ class KfacOperator(BlockEigenOperator):
         }
 
     def refresh(self) -> Self:
-        """Takes a new copy of the model as it is now, and new passes, in place; returns itself."""
-        self.curvature.refresh()
-        blocks = self._estimated()
+        """Takes a new copy of the model as it is now, and new passes, in place; returns itself.
+
+        Where that fails or is interrupted, it stays as it was.
+        """
+        before, drawn = self.curvature, self._generator.get_state()
+        self.curvature = copy.copy(before)
+        try:
+            self.curvature.refresh()
+            blocks = self._estimated()
+        except BaseException:
+            self.curvature = before
+            self._generator.set_state(drawn)
+            raise
         self._hold_blocks(blocks, self.space)
         self._hold(torch.cat([block.eigenvalues for block in blocks.values()]))
         return self

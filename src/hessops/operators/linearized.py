@@ -149,26 +149,23 @@ class RetainedGraphs:
     def _made(self, operation: BatchOperation, stream: BatchStream) -> Iterator[_Piece]:
         """The pieces, each as soon as it is there; they are kept when all are."""
         pieces: list[_Piece] = []
-        reserved = 0
-        try:
-            for group in _groups(operation, list(stream), can_join=not stream.same_batches):
-                joined = _joined(group)
-                num_bytes = operation.graph_bytes(joined)
-                if num_bytes is None or not self.memory.allows(num_bytes, stream.budget):
-                    for batch in group:
-                        add = partial(operation.add_rows, batch)
-                        pieces.append(_Piece(batch.size, add, is_retained=False))
-                        yield pieces[-1]
-                    continue
-                reserved += num_bytes
-                self.memory.used += num_bytes
-                pieces.append(_Piece(joined.size, operation.linearized(joined), is_retained=True))
-                yield pieces[-1]
-        except BaseException:
-            self.memory.used -= reserved
-            raise
-        self._pieces, self._reserved = pieces, reserved
-        logger.debug("%s, in %s bytes", self.description, f"{reserved:,}")
+        # Reserved when all are there: a prompt keeps the frames of what was interrupted alive.
+        taken = 0
+        for group in _groups(operation, list(stream), can_join=not stream.same_batches):
+            joined = _joined(group)
+            num_bytes = operation.graph_bytes(joined)
+            if num_bytes is None or not self.memory.allows(taken + num_bytes, stream.budget):
+                for batch in group:
+                    add = partial(operation.add_rows, batch)
+                    pieces.append(_Piece(batch.size, add, is_retained=False))
+                    yield pieces[-1]
+                continue
+            taken += num_bytes
+            pieces.append(_Piece(joined.size, operation.linearized(joined), is_retained=True))
+            yield pieces[-1]
+        self.memory.used += taken
+        self._pieces, self._reserved = pieces, taken
+        logger.debug("%s, in %s bytes", self.description, f"{taken:,}")
 
 
 def _groups(

@@ -79,6 +79,10 @@ class _Gram:
         # The copy of the model that they are of: a refreshed operator has another.
         self._model: nn.Module | None = None
 
+    def __reduce__(self) -> tuple[type[Self], tuple[SampledOperator]]:
+        """Copies and pickles start without, and find the same again."""
+        return type(self), (self._operator,)
+
     @property
     def size(self) -> int | None:
         """m; ``None`` while it is not known."""
@@ -157,6 +161,8 @@ class SampleSpaceInverse(DirectInverse):
         SampleSpaceInverse(2 columns, Gram matrix in float64, regularization=2) [3 x 3, ...]
         └─ GaussNewtonOperator(Linear, 2 points, ...) [3 x 3, float32, cpu]
     """
+
+    _left_behind = ("_factor",)
 
     def __init__(
         self,

@@ -412,7 +412,7 @@ class LissaOperator(InverseOperator):
         while not chain.is_finished():
             product = next(products)
             chain.step(partial(_regularized, product, self.regularization))
-            quiet = chain.quiet_rows(self._steps.period)
+            quiet = chain.quiet_rows(self._steps.patience(chain.num_steps))
             if bool(quiet.any()):
                 chain.verify(quiet, self.system._product)
             if bar.is_shown:
@@ -589,11 +589,11 @@ class _Chain:
         is_quiet = self.update_norms <= self.looked_for
         self.quiet = torch.where(self.active & is_quiet, self.quiet + 1, 0)
 
-    def quiet_rows(self, period: int | None) -> Tensor:
+    def quiet_rows(self, patience: int | None) -> Tensor:
         """The rows that have been quiet for a whole pass, whose true residual is worth a look."""
-        if period is None:
+        if patience is None:
             return torch.zeros_like(self.active)
-        rows: Tensor = self.active & (self.quiet >= period)
+        rows: Tensor = self.active & (self.quiet >= patience)
         return rows
 
     def verify(self, rows: Tensor, product: RowsProduct) -> None:
@@ -627,6 +627,10 @@ class _Steps(ABC):
     @abstractmethod
     def replay(self, seed: int, chain: int, num_chains: int) -> Iterator[RowsProduct]:
         """Endless steps of one chain."""
+
+    def patience(self, num_steps: int) -> int | None:
+        """The period, in a chain that has taken so many steps; ``None`` where it is too early."""
+        return self.period
 
     @abstractmethod
     def extreme_eigenvalues(self, generator: torch.Generator) -> tuple[float, float]:
@@ -670,6 +674,10 @@ class _BatchSteps(_Steps):
             yield from self._rest_of_pass(stream, chain, num_chains)
         while True:
             yield from self._one_pass(stream)
+
+    def patience(self, num_steps: int) -> int | None:
+        # As in a first solve, which knows it from the end of a pass on: equal solves are equal.
+        return self.period if self.period is not None and num_steps > self.period else None
 
     def _rest_of_pass(
         self, stream: BatchStream, chain: int, num_chains: int
