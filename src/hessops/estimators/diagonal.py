@@ -1,0 +1,153 @@
+"""Estimates of the diagonal."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hessops.estimators.arguments import DEFAULT_PRODUCTS, Work, require_memory, transpose_of
+from hessops.estimators.estimate import Estimate
+from hessops.estimators.linear import LinearQuantity, Method
+from hessops.estimators.sketch import (
+    Pairs,
+    Sketch,
+    exchangeable_error,
+    pair_covariance,
+    sketched,
+)
+from hessops.operators.base import TensorOperator
+from hessops.operators.probing import exact_diagonal, probed_diagonal
+from hessops.randomness import rademacher
+
+DiagonalMethod = Literal["hutchinson", "xdiag"]
+
+# Vectors that are held at once for each product: the probes, their images, the basis and its
+# images, both for each column removed, the samples, and some more for a pair of columns.
+HELD_VECTORS = 8
+SMALLER = "use fewer num_products, or method='hutchinson', which keeps none"
+
+
+def diagonal(
+    operator: TensorOperator,
+    method: DiagonalMethod = "xdiag",
+    *,
+    num_products: int = DEFAULT_PRODUCTS,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Estimate:
+    r"""The diagonal of an operator, from products with random vectors.
+
+    - ``"hutchinson"``: the mean of :math:`z \odot Az` over vectors z of random signs (Bekas,
+      Kokiopoulou & Saad 2007), one product for each. The variance of entry i is the sum of the
+      squares of the other entries of its row (of their symmetric part), divided by m.
+    - ``"xdiag"``: the mean over i of :math:`\mathrm{diag}(P_i A) + \omega_i \odot (I - P_i) A
+      \omega_i`, with :math:`P_i` the projection on the range of A times all m/2 vectors of random
+      signs but :math:`\omega_i` (Epperly, Tropp & Webber 2024, Section 2.4). The better one where
+      the spectrum decays, as that of curvature does. It takes products with :math:`A^\top`.
+
+    Both are unbiased for every square matrix. Of a sum, terms that know their diagonal are not
+    estimated; see `trace` for those. With as many products as rows, or more, the diagonal is
+    computed exactly by n products with unit vectors, which is cheaper. The sums are in float64
+    whatever the dtype of A.
+
+    Hutchinson's method makes one pass over the data for as many vectors as fit 256 MiB, the other
+    two in all.
+
+    Args:
+        operator: A.
+        method: One of the two.
+        num_products: Most products with A and its transpose: at least 2 for ``"hutchinson"`` and 4
+            for ``"xdiag"``.
+        generator: Draws the vectors; without one, `torch.manual_seed` decides.
+        progress: Shows a progress bar that counts products.
+
+    Returns:
+        The diagonal, ``(n,)`` float64 on the operator's device, with the standard deviation of each
+        entry's estimate as its standard error. That of ``"xdiag"`` takes the correlation of its
+        samples into account, by one factor for all entries.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: An argument is something else.
+        StructureError: ``"xdiag"`` of an operator that is not known to be symmetric and has no
+            adjoint.
+        NonFiniteProductError: A product is NaN or infinite.
+        MemoryLimitError: Not for ``"hutchinson"``: the vectors would not fit.
+
+    Example:
+        >>> import torch
+        >>> from hessops import HessianOperator
+        >>> from hessops.estimators import diagonal
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(300, 1, bias=False)
+        >>> x = torch.randn(20, 300)  # the Hessian is XᵀX / 10, of rank 20
+        >>> H = HessianOperator(model, torch.nn.MSELoss(), [(x, torch.zeros(20, 1))])
+        >>> exact = x.square().sum(dim=0) / 10
+        >>> found = diagonal(H, num_products=60)
+        >>> found
+        Estimate(of shape (300,), xdiag, 60 products)
+        >>> bool((found.value - exact).abs().max() < 1e-4)
+        True
+    """
+    return DIAGONAL.estimate(operator, method, num_products, generator, progress)
+
+
+def _xdiag(
+    operator: TensorOperator, count: int, source: torch.Generator, work: Work
+) -> tuple[Tensor, Tensor]:
+    linear = operator.linearize()
+    transpose = transpose_of(linear, "method='xdiag'", "method='hutchinson' needs none")
+    require_memory(operator, HELD_VECTORS * count, SMALLER)
+    signs = rademacher(
+        (count // 2, operator.input_size), source, dtype=operator.dtype, device=operator.device
+    )
+    samples = _XDiagSamples(sketched(linear, signs, transpose=transpose, advance=work))
+    covariance = pair_covariance(samples.sketch, samples.gains)
+    return samples.values.mean(dim=1), exchangeable_error(samples.values, covariance)
+
+
+class _XDiagSamples:
+    r"""What each vector makes of the diagonal, with the others as the sketch.
+
+    .. math:: d_i = \mathrm{diag}(P_i A) + \omega_i \odot (I - P_i) A \omega_i
+
+    With :math:`A\omega_i = Q r_i`, and :math:`q_i = Q s_i` and :math:`z_i = A^\top Q s_i` for the
+    direction that is missing without column i, that is
+
+    .. math:: d_i = \mathrm{diag}(Q Q^\top A) - q_i \odot z_i
+        + (s_i^\top r_i)\, \omega_i \odot q_i.
+
+    Attributes:
+        values: The samples as columns, ``(n, k)``.
+    """
+
+    def __init__(self, sketch: Sketch) -> None:
+        self.sketch = sketch
+        coordinates = sketch.basis.T @ sketch.images
+        self._directions = sketch.basis @ sketch.removed
+        self._images = sketch.basis_images @ sketch.removed
+        self._lengths = (sketch.removed * coordinates).sum(dim=0)
+        # Rounding where the basis is that of the range; the rest where the dtype is a narrow one.
+        outside = sketch.images - sketch.basis @ coordinates
+        whole = (sketch.basis * sketch.basis_images).sum(dim=1, keepdim=True)
+        left = outside + self._lengths * self._directions
+        self.values = whole - self._directions * self._images + sketch.probes * left
+
+    def gains(self, pairs: Pairs) -> Tensor:
+        r"""Sample i minus what it is without column j as well, ``(n, m)``.
+
+        Without j the range lacks another direction p, of which :math:`r_i` has
+        :math:`-\gamma/\nu\, s_i^\top r_i`, as :math:`s_j` is orthogonal to it.
+        """
+        direction, image = pairs.of(self._directions), pairs.of(self._images)
+        length = -pairs.gamma / pairs.nu * self._lengths[pairs.first]
+        return direction * (image - length * self.sketch.probes[:, pairs.first])
+
+
+DIAGONAL = LinearQuantity(
+    name="diagonal",
+    known=lambda operator: operator._exact_diagonal(),
+    by_units=exact_diagonal,
+    methods={"hutchinson": Method(2, probed_diagonal), "xdiag": Method(4, _xdiag)},
+)
