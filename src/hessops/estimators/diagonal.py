@@ -14,7 +14,6 @@ from hessops.estimators.sketch import (
     Pairs,
     Sketch,
     exchangeable_error,
-    pair_covariance,
     sketched,
 )
 from hessops.operators.base import TensorOperator
@@ -24,8 +23,11 @@ from hessops.randomness import rademacher
 DiagonalMethod = Literal["hutchinson", "xdiag"]
 
 # Vectors that are held at once for each product: the probes, their images, the basis and its
-# images, both for each column removed, the samples, and some more for a pair of columns.
-HELD_VECTORS = 8
+# images, those of the directions removed, the samples, and what is made on the way.
+HELD_VECTORS = (
+    5  # Entries of all vectors that are multiplied at once, to stay within the processor's cache.
+)
+BLOCK_ENTRIES = 2**16
 SMALLER = "use fewer num_products, or method='hutchinson', which keeps none"
 
 
@@ -103,8 +105,7 @@ def _xdiag(
         (count // 2, operator.input_size), source, dtype=operator.dtype, device=operator.device
     )
     samples = _XDiagSamples(sketched(linear, signs, transpose=transpose, advance=work))
-    covariance = pair_covariance(samples.sketch, samples.gains)
-    return samples.values.mean(dim=1), exchangeable_error(samples.values, covariance)
+    return samples.values.mean(dim=0), exchangeable_error(samples.values, samples.covariance())
 
 
 class _XDiagSamples:
@@ -112,37 +113,74 @@ class _XDiagSamples:
 
     .. math:: d_i = \mathrm{diag}(P_i A) + \omega_i \odot (I - P_i) A \omega_i
 
-    With :math:`A\omega_i = Q r_i`, and :math:`q_i = Q s_i` and :math:`z_i = A^\top Q s_i` for the
-    direction that is missing without column i, that is
+    With :math:`A\omega_i = Q r_i` and :math:`\rho_i = s_i^\top r_i`, and :math:`q_i = Q s_i` and
+    :math:`z_i = A^\top Q s_i` for the direction that the range lacks without vector i, that is
 
-    .. math:: d_i = \mathrm{diag}(Q Q^\top A) - q_i \odot z_i
-        + (s_i^\top r_i)\, \omega_i \odot q_i.
+    .. math:: d_i = \mathrm{diag}(Q Q^\top A) - q_i \odot (z_i - \rho_i \omega_i).
 
     Attributes:
-        values: The samples as columns, ``(n, k)``.
+        values: The samples, ``(k, n)``.
     """
 
     def __init__(self, sketch: Sketch) -> None:
-        self.sketch = sketch
-        coordinates = sketch.basis.T @ sketch.images
-        self._directions = sketch.basis @ sketch.removed
-        self._images = sketch.basis_images @ sketch.removed
-        self._lengths = (sketch.removed * coordinates).sum(dim=0)
-        # Rounding where the basis is that of the range; the rest where the dtype is a narrow one.
-        outside = sketch.images - sketch.basis @ coordinates
-        whole = (sketch.basis * sketch.basis_images).sum(dim=1, keepdim=True)
-        left = outside + self._lengths * self._directions
-        self.values = whole - self._directions * self._images + sketch.probes * left
+        self._sketch = sketch
+        coordinates = sketch.images @ sketch.basis.T
+        lengths = (coordinates * sketch.removed).sum(dim=1, keepdim=True)
+        self._directions = sketch.removed @ sketch.basis
+        self._images = sketch.removed @ sketch.basis_images
+        self._differences = self._images - lengths * sketch.probes
+        whole = (sketch.basis * sketch.basis_images).sum(dim=0)
+        self.values = whole - self._directions * self._differences
+        # Rounding, which is not small in a narrow dtype.
+        self.values += sketch.probes * (sketch.images - coordinates @ sketch.basis)
 
-    def gains(self, pairs: Pairs) -> Tensor:
-        r"""Sample i minus what it is without column j as well, ``(n, m)``.
+    def covariance(self) -> Tensor:
+        r"""An estimate of the covariance of two samples, summed over all entries.
 
-        Without j the range lacks another direction p, of which :math:`r_i` has
-        :math:`-\gamma/\nu\, s_i^\top r_i`, as :math:`s_j` is orthogonal to it.
+        With :math:`y_i = z_i - \rho_i \omega_i`, what vector j adds to sample i is
+        :math:`(q_j - \gamma q_i) \odot (z_j - \gamma y_i) / \nu^2`. Its product with what i adds to
+        sample j is a polynomial in the entries of i and those of j, whose sums over all entries are
+        products of matrices.
         """
-        direction, image = pairs.of(self._directions), pairs.of(self._images)
-        length = -pairs.gamma / pairs.nu * self._lengths[pairs.first]
-        return direction * (image - length * self.sketch.probes[:, pairs.first])
+        pairs, size = Pairs(self._sketch), self._directions.shape[1]
+        length = max(1, BLOCK_ENTRIES // len(self._directions))
+        total = torch.zeros_like(pairs.gamma)
+        for start in range(0, size, length):
+            block = slice(start, start + length)
+            total += _products(
+                self._directions[:, block],
+                self._images[:, block],
+                self._differences[:, block],
+                pairs.gamma,
+            )
+        return pairs.covariance(total / pairs.nu**4)
+
+
+def _products(q: Tensor, z: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
+    r"""Sums of the products of what vectors add to each other's samples, up to :math:`\nu^4`.
+
+    .. math:: \sum \bigl[(1 + \gamma^2)\, q_i q_j - \gamma (q_i^2 + q_j^2)\bigr]
+        \bigl[z_i z_j - \gamma (z_i y_i + z_j y_j) + \gamma^2 y_i y_j\bigr]
+
+    Args:
+        q: Some entries of :math:`q_i` as rows ``(k, b)``.
+        z: Those of :math:`z_i`.
+        y: Those of :math:`y_i`.
+        gamma: γ, ``(k, k)``.
+
+    Returns:
+        The sum over these entries at [i, j].
+    """
+    squares, mixed = gamma.square(), z * y
+    qz, qy, qq = q * z, q * y, q * q
+    one_each = qz @ qz.T - gamma * _both(q @ (q * mixed).T) + squares * (qy @ qy.T)
+    alone = (qq * mixed).sum(dim=1).expand_as(gamma)
+    of_one = (qq * z) @ z.T - gamma * (alone.T + qq @ mixed.T) + squares * ((qq * y) @ y.T)
+    return (1 + squares) * one_each - gamma * _both(of_one)
+
+
+def _both(matrix: Tensor) -> Tensor:
+    return matrix + matrix.T
 
 
 DIAGONAL = LinearQuantity(

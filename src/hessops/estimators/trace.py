@@ -15,7 +15,6 @@ from hessops.estimators.sketch import (
     Sketch,
     exchangeable_error,
     orthonormal_range,
-    pair_covariance,
     sketched,
     with_products,
 )
@@ -27,7 +26,7 @@ TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 
 # Vectors that are held at once for each product: the probes, their images, the basis and its
 # images, and two more while projecting.
-HELD_VECTORS = 3
+HELD_VECTORS = 4
 SMALLER = "use fewer num_products, or method='hutchinson', which keeps none"
 
 
@@ -124,15 +123,14 @@ def _hutch_plus_plus(
     signs = rademacher(
         (count - rank, operator.input_size), source, dtype=operator.dtype, device=operator.device
     )
-    images = linear.apply(signs).double().T
+    images = linear.apply(signs).double()
     work(len(signs))
-    basis, basis_images = with_products(linear, orthonormal_range(images[:, :rank])[0], work)
-    probes, images = signs[rank:].double().T, images[:, rank:]
-    coordinates = basis.T @ probes
-    residuals, residual_images = probes - basis @ coordinates, images - basis_images @ coordinates
-    samples = (residuals * residual_images).sum(dim=0)
-    value = (basis * basis_images).sum() + samples.mean()
-    return value, samples.std() / samples.shape[0] ** 0.5
+    basis, basis_images = with_products(linear, orthonormal_range(images[:rank])[0], work)
+    probes, images = signs[rank:].double(), images[rank:]
+    coordinates = probes @ basis.T
+    residuals, residual_images = probes - coordinates @ basis, images - coordinates @ basis_images
+    samples = (residuals * residual_images).sum(dim=1)
+    return (basis * basis_images).sum() + samples.mean(), samples.std() / len(samples) ** 0.5
 
 
 def _xtrace(
@@ -143,9 +141,7 @@ def _xtrace(
         (count // 2, operator.input_size), source, dtype=operator.dtype, device=operator.device
     )
     samples = _XTraceSamples(sketched(operator.linearize(), probes, advance=work))
-    values = samples.values
-    covariance = pair_covariance(samples.sketch, samples.gains)
-    return values.mean(), exchangeable_error(values, covariance)
+    return samples.values.mean(), exchangeable_error(samples.values, samples.covariance())
 
 
 class _XTraceSamples:
@@ -156,44 +152,43 @@ class _XTraceSamples:
 
     with :math:`r_i` the rank of :math:`P_i`. As :math:`\omega_i` is Gaussian, the direction of
     :math:`u_i` is uniform in the complement of the range; its length means nothing.
+
+    Attributes:
+        values: The samples, ``(k,)``.
     """
 
     def __init__(self, sketch: Sketch) -> None:
-        self.sketch = sketch
-        removed = sketch.removed
-        self._inner = sketch.basis.T @ sketch.basis_images
-        self._coordinates = sketch.basis.T @ sketch.probes
-        inside = self._coordinates - removed * (removed * self._coordinates).sum(dim=0)
-        residuals = sketch.probes - sketch.basis @ inside
-        images = sketch.images - sketch.basis_images @ inside
-        self._inner_removed = self._inner @ removed
-        self._traces = self._inner.trace() - (removed * self._inner_removed).sum(dim=0)
-        self._forms = (residuals * images).sum(dim=0)
-        self._squares = residuals.square().sum(dim=0)
+        self._sketch = sketch
+        self._coordinates = sketch.probes @ sketch.basis.T
+        lengths = (self._coordinates * sketch.removed).sum(dim=1, keepdim=True)
+        inside = self._coordinates - lengths * sketch.removed
+        residuals = sketch.probes - inside @ sketch.basis
+        images = sketch.images - inside @ sketch.basis_images
+        self._forms = (residuals * images).sum(dim=1)
+        self._squares = residuals.square().sum(dim=1)
         # The gradient of uᵀAu by what is added to u within the range.
-        self._slopes = sketch.basis_images.T @ residuals + sketch.basis.T @ images
-        size, rank = sketch.basis.shape
-        self._free = size - rank + int(sketch.can_remove)
+        self._slopes = residuals @ sketch.basis_images.T + images @ sketch.basis.T
+        whole = sketch.basis @ sketch.basis_images.T
+        self._inner = sketch.removed @ whole @ sketch.removed.T
+        self._traces = whole.trace() - self._inner.diagonal()
+        self._free = sketch.basis.shape[1] - len(sketch.basis) + int(sketch.can_remove)
+        self.values = self._traces + self._free * self._forms / self._squares
 
-    @property
-    def values(self) -> Tensor:
-        """The samples, ``(k,)``."""
-        return self._traces + self._free * self._forms / self._squares
+    def covariance(self) -> Tensor:
+        r"""An estimate of the covariance of two samples.
 
-    def gains(self, pairs: Pairs) -> Tensor:
-        r"""Sample i minus what it is without column j as well, for pairs ``(m,)``.
-
-        Without j the range lacks another direction p, and u gains what :math:`\omega_i` has of it.
+        Without vector j as well the range of sample i lacks another direction p, and u gains what
+        :math:`\omega_i` has of it.
         """
-        first = pairs.first
-        direction = pairs.of(self.sketch.removed)
-        inner = (direction * pairs.of(self._inner_removed)).sum(dim=0)
-        gained = (direction * self._coordinates[:, first]).sum(dim=0)
-        slopes = (direction * self._slopes[:, first]).sum(dim=0)
-        forms = self._forms[first] + gained * slopes + gained.square() * inner
-        squares = self._squares[first] + gained.square()
-        without = self._traces[first] - inner + (self._free + 1) * forms / squares
-        return self.values[first] - without
+        pairs, removed = Pairs(self._sketch), self._sketch.removed
+        inner = pairs.forms(self._inner)
+        gained = pairs.along(self._coordinates @ removed.T)
+        slopes = pairs.along(self._slopes @ removed.T)
+        forms = self._forms.unsqueeze(1) + gained * slopes + gained.square() * inner
+        squares = self._squares.unsqueeze(1) + gained.square()
+        without = self._traces.unsqueeze(1) - inner + (self._free + 1) * forms / squares
+        added = self.values.unsqueeze(1) - without
+        return pairs.covariance(added * added.T)
 
 
 TRACE = LinearQuantity(
