@@ -30,8 +30,6 @@ NormOrder = Literal["fro", 2]
 
 # The basis, its Ritz vectors, and what a product takes.
 HELD_VECTORS = 3
-# Lanczos' method stops where the residual is this multiple of the precision of a product.
-ROUNDING_FACTOR = 10
 
 
 def norm(
@@ -148,7 +146,7 @@ def _spectral(
 
     def is_enough(values: Tensor, residuals: Tensor) -> bool:
         value, residual = _largest(values, residuals)
-        return bool(residual <= ROUNDING_FACTOR * precision * value)
+        return bool(residual <= precision * value)
 
     pairs = ritz_pairs(
         product,

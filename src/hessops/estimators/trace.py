@@ -43,11 +43,11 @@ def trace(
     - ``"hutchinson"``: the mean of :math:`z^\top A z` over vectors z of random signs (Hutchinson
       1990), one product for each. Its error falls as :math:`1/\sqrt m` with m products.
     - ``"hutch++"``: :math:`\mathrm{tr}(Q^\top A Q)` exactly, for Q an orthonormal basis of A times
-      m/3 random signs, and the rest, :math:`(I - QQ^\top) A (I - QQ^\top)`, as by Hutchinson
+      m/3 Gaussian vectors, and the rest, :math:`(I - QQ^\top) A (I - QQ^\top)`, as by Hutchinson
       (Meyer, Musco, Musco & Woodruff 2021).
     - ``"xtrace"``: the mean over i of what that gives with Q from all m/2 Gaussian vectors but
       :math:`\omega_i`, and :math:`\omega_i` alone for the rest, normalised (Epperly, Tropp & Webber
-      2024, Section 2.3). The best of the three where the spectrum decays, as that of curvature
+      2024). The best of the three where the spectrum decays, as that of curvature
       does.
 
     All are unbiased for every square matrix, symmetric or not, and multiply by A alone. Of a sum,
@@ -119,14 +119,14 @@ def _hutch_plus_plus(
     A times the projected probes G - Q(QᵀG) is AG - (AQ)(QᵀG), which takes no product more.
     """
     require_memory(operator, HELD_VECTORS * count, SMALLER)
-    rank, linear = count // 3, operator.linearize()
-    signs = rademacher(
-        (count - rank, operator.input_size), source, dtype=operator.dtype, device=operator.device
-    )
-    images = linear.apply(signs).double()
-    work(len(signs))
+    rank, size, linear = count // 3, operator.input_size, operator.linearize()
+    dtype, device = operator.dtype, operator.device
+    normal = standard_normal((rank, size), source, dtype=dtype, device=device)
+    signs = rademacher((count - 2 * rank, size), source, dtype=dtype, device=device)
+    images = linear.apply(torch.cat([normal, signs])).double()
+    work(len(images))
     basis, basis_images = with_products(linear, orthonormal_range(images[:rank])[0], work)
-    probes, images = signs[rank:].double(), images[rank:]
+    probes, images = signs.double(), images[rank:]
     coordinates = probes @ basis.T
     residuals, residual_images = probes - coordinates @ basis, images - coordinates @ basis_images
     samples = (residuals * residual_images).sum(dim=1)
