@@ -23,8 +23,9 @@ from hessops.functional.nystroem import operator_sketch
 from hessops.operators.base import DENSE_CHUNK_BYTES, TensorOperator
 from hessops.operators.dense import MatrixOperator
 from hessops.operators.diagonal import BlockDiagonalOperator, DiagonalBlock
+from hessops.operators.probing import exact_diagonal, probed_diagonal
 from hessops.printed import Node, Printed, settings_of
-from hessops.randomness import rademacher, resolved_generator
+from hessops.randomness import resolved_generator
 from hessops.validation import (
     available_bytes,
     checked_count,
@@ -150,7 +151,7 @@ class JacobiPreconditioner(Preconditioner):
     with Rademacher probes z (Bekas, Kokiopoulou & Saad 2007), all in one application of A. What is
     inverted is :math:`\sqrt{m^2 + s^2}` with m an entry and s its standard error, so that a lucky
     zero is not, and that it is positive whatever the sign of the estimate. With as many probes as
-    parameters the diagonal is computed exactly, from the whole matrix.
+    parameters the diagonal is computed exactly, by products with all unit vectors.
 
     Args:
         num_samples_estimator: Number of probes.
@@ -176,26 +177,13 @@ class JacobiPreconditioner(Preconditioner):
     def fit(self, operator: TensorOperator, regularization: float | None = None) -> TensorOperator:
         """One application of A to all probes, or n products where there are as many probes."""
         base, shift = _separated(operator)
-        size, count = base.input_size, self.num_samples_estimator
-        if count >= size:
-            diagonal = base.to_dense().diagonal().abs()
+        count, source = self.num_samples_estimator, resolved_generator(self.generator)
+        if count >= base.input_size:
+            diagonal = exact_diagonal(base).abs()
         else:
-            probes = rademacher(
-                (count, size),
-                resolved_generator(self.generator),
-                dtype=base.dtype,
-                device=base.device,
-            )
-            diagonal = _safe_mean(probes * base.apply(probes))
-        return _Jacobi(operator, shift, checked_regularization(regularization), diagonal)
-
-
-def _safe_mean(samples: Tensor) -> Tensor:
-    """√(m² + s²) of each column, with m its mean and s the standard error of that."""
-    if len(samples) == 1:
-        return samples[0].abs()
-    error = samples.std(dim=0) / len(samples) ** 0.5
-    return torch.hypot(samples.mean(dim=0), error)
+            diagonal = torch.hypot(*probed_diagonal(base, count, source))
+        own = checked_regularization(regularization)
+        return _Jacobi(operator, shift, own, diagonal.to(base.dtype))
 
 
 class _Jacobi(FittedPreconditioner):

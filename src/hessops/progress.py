@@ -45,6 +45,12 @@ class Bar:
         if self._shown is not None:
             self._shown.update(position - self._shown.n)
 
+    def expect(self, total: float) -> None:
+        """How much there is to do, where that is known better now."""
+        if self._shown is not None:
+            self._shown.total = total
+            self._shown.refresh()
+
     def say(self, **values: object) -> None:
         """Shows some values beside the bar."""
         if self._shown is not None:

@@ -13,6 +13,8 @@ from hessops.randomness import standard_normal
 
 # A next basis vector below this multiple of eps·‖A‖ is rounding.
 EXHAUSTION_FACTOR = 100
+# Steps are looked at one by one at first, and later at intervals of this part of their number.
+LOOK_FRACTION = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,7 @@ def ritz_pairs(
     tol: float,
     generator: torch.Generator,
     device: torch.device,
+    is_enough: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> RitzPairs:
     r"""Ritz pairs of a symmetric map from at most `max_iter` products, in float64.
 
@@ -65,6 +68,8 @@ def ritz_pairs(
             normalised, is at most this.
         generator: Draws the start and the continuations.
         device: Where the basis lives.
+        is_enough: Told now and then the Ritz values and their residual norms; ``True`` stops before
+            `max_iter`.
 
     Raises:
         NonFiniteProductError: A product is NaN or infinite.
@@ -92,6 +97,7 @@ def ritz_pairs(
     eps = torch.finfo(torch.float64).eps
     following = _new_direction(basis[:0], generator)
     scale = 0.0
+    next_look = 1
     for j in range(steps):
         basis[j] = following
         image = product(basis[j])
@@ -104,14 +110,29 @@ def ritz_pairs(
         projection[: j + 1, j] = coefficients
         norm = outside.norm().item()
         exhausted = norm <= max(tol, EXHAUSTION_FACTOR * eps * scale)
-        if exhausted or j + 1 == steps:
-            left_out[j] = norm
-        if j + 1 < steps:
-            following = _new_direction(basis[: j + 1], generator) if exhausted else outside / norm
-    upper = projection.triu()
+        left_out[j] = norm
+        if j + 1 == steps:
+            break
+        # Seldom enough that the small eigenproblems do not add up.
+        if is_enough is not None and j + 1 == next_look:
+            values, _, residuals = _eigenproblem(projection, left_out, j + 1)
+            if is_enough(values, residuals):
+                steps = j + 1
+                break
+            next_look += 1 + next_look // LOOK_FRACTION
+        if exhausted:
+            following = _new_direction(basis[: j + 1], generator)
+        else:
+            following, left_out[j] = outside / norm, 0.0
+    values, rotation, residuals = _eigenproblem(projection, left_out, steps)
+    return RitzPairs(values, basis[:steps].T @ rotation, residuals)
+
+
+def _eigenproblem(projection: Tensor, left_out: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Eigenvalues, eigenvectors and residual norms of the projection on the first vectors."""
+    upper = projection[:count, :count].triu()
     values, rotation = torch.linalg.eigh(upper + upper.triu(1).T)
-    residuals = (left_out.unsqueeze(1) * rotation.abs()).sum(dim=0)
-    return RitzPairs(values, basis.T @ rotation, residuals)
+    return values, rotation, (left_out[:count].unsqueeze(1) * rotation.abs()).sum(dim=0)
 
 
 def _orthogonalized(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

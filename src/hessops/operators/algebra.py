@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from math import log
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +18,45 @@ from hessops.errors import (
     StructureError,
 )
 from hessops.operators.base import CompositeOperator, TensorOperator, no_adjoint
+from hessops.operators.diagonal import IdentityOperator, every_known
 from hessops.operators.inverse import ClosedFormInverse, InverseOperator
 from hessops.space import ParameterSpace
 
 PartMap = Callable[[TensorOperator], TensorOperator]
+_Linear = TypeVar("_Linear", float, Tensor)
 
 
-class SumOperator(CompositeOperator):
+class LinearCombination(CompositeOperator):
+    """A sum of multiples of operators; abstract.
+
+    What is linear in the operator is exact for it where it is for all terms.
+    """
+
+    @abstractmethod
+    def _weighted(self) -> Sequence[tuple[float, TensorOperator]]:
+        """The hook: c and B of each term c·B."""
+
+    def _linear_terms(self) -> Sequence[tuple[float, TensorOperator]]:
+        return [
+            (factor * inner, part)
+            for factor, term in self._weighted()
+            for inner, part in term._linear_terms()
+        ]
+
+    def _exact_diagonal(self) -> Tensor | None:
+        known = every_known([term._exact_diagonal() for _, term in self._weighted()])
+        return None if known is None else _summed(self._multiples(known))
+
+    def _exact_trace(self) -> float | None:
+        known = every_known([term._exact_trace() for _, term in self._weighted()])
+        return None if known is None else sum(self._multiples(known))
+
+    def _multiples(self, values: Sequence[_Linear]) -> list[_Linear]:
+        factors = [factor for factor, _ in self._weighted()]
+        return [factor * value for factor, value in zip(factors, values, strict=True)]
+
+
+class SumOperator(LinearCombination):
     """A + B + ..."""
 
     def __init__(self, terms: Sequence[TensorOperator]) -> None:
@@ -46,6 +80,9 @@ class SumOperator(CompositeOperator):
         shift = sum(part_shift for _, part_shift in parts)
         return (SumOperator([part for part, _ in parts]), shift) if shift else (self, 0.0)
 
+    def _weighted(self) -> Sequence[tuple[float, TensorOperator]]:
+        return [(1.0, term) for term in self.terms]
+
     def _apply_rows(self, rows: Tensor) -> Tensor:
         return _summed([term._product(rows) for term in self.terms])
 
@@ -59,7 +96,7 @@ class SumOperator(CompositeOperator):
         return self.terms
 
 
-class ScaledOperator(CompositeOperator):
+class ScaledOperator(LinearCombination):
     """c·A."""
 
     def __init__(
@@ -75,6 +112,17 @@ class ScaledOperator(CompositeOperator):
             positive_semidefinite=_scaled_definiteness(operator.positive_semidefinite, factor),
             space=space or operator.space,
         )
+
+    def _weighted(self) -> Sequence[tuple[float, TensorOperator]]:
+        return [(self.factor, self.operator)]
+
+    def _exact_eigenvalues(self) -> Tensor | None:
+        inner = self.operator._exact_eigenvalues()
+        return None if inner is None else self.factor * inner
+
+    def _exact_squared_norm(self) -> float | None:
+        inner = self.operator._exact_squared_norm()
+        return None if inner is None else self.factor**2 * inner
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
         return self.operator._product(rows) * self.factor
@@ -111,7 +159,7 @@ class ScaledOperator(CompositeOperator):
         return f"ScaledOperator({self.factor:g})"
 
 
-class ShiftedOperator(CompositeOperator):
+class ShiftedOperator(LinearCombination):
     """A + shift·I."""
 
     def __init__(
@@ -128,6 +176,14 @@ class ShiftedOperator(CompositeOperator):
             positive_semidefinite=True if definite else None,
             space=space or operator.space,
         )
+
+    def _weighted(self) -> Sequence[tuple[float, TensorOperator]]:
+        identity = IdentityOperator(self.input_size, self.dtype, self.device)
+        return [(1.0, self.operator), (self.shift_value, identity)]
+
+    def _exact_eigenvalues(self) -> Tensor | None:
+        inner = self.operator._exact_eigenvalues()
+        return None if inner is None else inner + self.shift_value
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
         return torch.add(self.operator._product(rows), rows, alpha=self.shift_value)
@@ -228,6 +284,15 @@ class TransposedOperator(CompositeOperator):
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
         return self.operator._product(rows)
+
+    def _exact_diagonal(self) -> Tensor | None:
+        return self.operator._exact_diagonal()
+
+    def _exact_trace(self) -> float | None:
+        return self.operator._exact_trace()
+
+    def _exact_squared_norm(self) -> float | None:
+        return self.operator._exact_squared_norm()
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:
         inverse = self.operator._closed_form_inverse(shift)

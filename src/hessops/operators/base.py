@@ -162,6 +162,33 @@ class TensorOperator(Copyable, Printed, ABC):
         """The hook for sketches: B and c with A = B + c·I, c as large as is evident."""
         return self, 0.0
 
+    def _exact_eigenvalues(self) -> Tensor | None:
+        """The hook for estimators: the eigenvalues, ``(n,)`` float64, of a symmetric operator.
+
+        Where they are at hand without a product, else ``None``; so too the three hooks below.
+        """
+        return None
+
+    def _exact_diagonal(self) -> Tensor | None:
+        """The hook for estimators: the diagonal, ``(n,)`` float64."""
+        return None
+
+    def _exact_trace(self) -> float | None:
+        """The hook for estimators: the trace, where it does not follow from the two above."""
+        known = self._exact_eigenvalues()
+        if known is None:
+            known = self._exact_diagonal()
+        return None if known is None else known.sum().item()
+
+    def _exact_squared_norm(self) -> float | None:
+        """The hook for estimators: the square of the Frobenius norm."""
+        known = self._exact_eigenvalues()
+        return None if known is None else known.square().sum().item()
+
+    def _linear_terms(self) -> Sequence[tuple[float, TensorOperator]]:
+        """The hook for estimators: c and B of each term, where A is a sum of multiples c·B."""
+        return ((1.0, self),)
+
     def _children(self) -> Sequence[TensorOperator]:
         """The operators that this one is made of, for `refresh` and the printed tree."""
         return ()

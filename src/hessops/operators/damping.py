@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from hessops.errors import ArgumentError, ParameterNameError
-from hessops.operators.base import DENSE_CHUNK_BYTES, TensorOperator
-from hessops.operators.dense import MatrixOperator
-from hessops.operators.eigen import EigenOperator
-from hessops.randomness import rademacher, resolved_generator
+from hessops.operators.base import TensorOperator
+from hessops.operators.probing import exact_diagonal, rademacher_products
+from hessops.randomness import resolved_generator
 from hessops.validation import checked_number, checked_regularization
 
 # Up to this size the trace is computed exactly, by as many products.
@@ -122,17 +121,10 @@ def mean_eigenvalue(operator: TensorOperator, generator: torch.Generator | None 
         2.0
     """
     size = operator.input_size
-    if isinstance(operator, EigenOperator):
-        return operator.trace() / size
-    if isinstance(operator, MatrixOperator):
-        return operator.matrix.diagonal().double().mean().item()
+    known = operator._exact_trace()
+    if known is not None:
+        return known / size
     if size <= EXACT_TRACE_SIZE:
-        return operator.to_dense().diagonal().double().mean().item()
-    source = resolved_generator(generator)
-    chunk = max(1, DENSE_CHUNK_BYTES // (size * operator.dtype.itemsize))
-    total = 0.0
-    for start in range(0, TRACE_PROBES, chunk):
-        count = min(chunk, TRACE_PROBES - start)
-        probes = rademacher((count, size), source, dtype=operator.dtype, device=operator.device)
-        total += (probes * operator.apply(probes)).double().sum().item()
-    return total / TRACE_PROBES / size
+        return exact_diagonal(operator).mean().item()
+    pairs = rademacher_products(operator, TRACE_PROBES, resolved_generator(generator))
+    return sum((signs * products).sum().item() for signs, products in pairs) / TRACE_PROBES / size

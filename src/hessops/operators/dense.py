@@ -73,6 +73,13 @@ class MatrixOperator(TensorOperator):
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
         return rows @ self.matrix
 
+    def _exact_diagonal(self) -> Tensor:
+        return self.matrix.diagonal().double()
+
+    def _exact_squared_norm(self) -> float:
+        norm: float = torch.linalg.vector_norm(self.matrix, dtype=torch.float64).item()
+        return norm**2
+
     def _closed_form_inverse(self, shift: float) -> TensorOperator:
         shifted = _shifted(self.matrix, shift) if shift else self.matrix
         inverse = DirectSolveOperator(shifted, space=self.space)

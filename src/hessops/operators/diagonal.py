@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from hessops.space import ParameterSpace
 from hessops.validation import checked_floating
 
 _RowMap = Callable[[Tensor], Tensor]
+_Value = TypeVar("_Value")
 
 
 class IdentityOperator(TensorOperator):
@@ -64,6 +65,12 @@ class IdentityOperator(TensorOperator):
 
     def _identity_factor(self) -> float:
         return 1.0
+
+    def _exact_eigenvalues(self) -> Tensor:
+        return torch.ones(self.input_size, dtype=torch.float64, device=self.device)
+
+    def _exact_diagonal(self) -> Tensor:
+        return self._exact_eigenvalues()
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator:
         if 1 + shift == 0:
@@ -115,6 +122,12 @@ class DiagonalOperator(TensorOperator):
 
     def _apply_rows(self, rows: Tensor) -> Tensor:
         return rows * self.diagonal
+
+    def _exact_eigenvalues(self) -> Tensor:
+        return self._exact_diagonal()
+
+    def _exact_diagonal(self) -> Tensor:
+        return self.diagonal.double()
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator:
         shifted = self.diagonal + shift
@@ -216,6 +229,27 @@ class BlockDiagonalOperator(CompositeOperator):
             total += value
         return total
 
+    def _exact_eigenvalues(self) -> Tensor | None:
+        known = every_known([block._exact_eigenvalues() for block in self.blocks])
+        return None if known is None else torch.cat(known)
+
+    def _exact_diagonal(self) -> Tensor | None:
+        known = every_known([block._exact_diagonal() for block in self.blocks])
+        if known is None:
+            return None
+        diagonal = torch.empty(self.input_size, dtype=torch.float64, device=self.device)
+        for positions, part in zip(self._positions, known, strict=True):
+            diagonal[positions] = part
+        return diagonal
+
+    def _exact_trace(self) -> float | None:
+        known = every_known([block._exact_trace() for block in self.blocks])
+        return None if known is None else sum(known)
+
+    def _exact_squared_norm(self) -> float | None:
+        known = every_known([block._exact_squared_norm() for block in self.blocks])
+        return None if known is None else sum(known)
+
     @classmethod
     def _at(
         cls,
@@ -276,6 +310,10 @@ class DiagonalBlock(CompositeOperator):
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
         return self._within(rows, self.operator._adjoint_product)
 
+    def _exact_diagonal(self) -> Tensor | None:
+        known = self.operator._exact_diagonal()
+        return None if known is None else known[self.positions]
+
     def _within(self, rows: Tensor, apply: _RowMap) -> Tensor:
         whole = rows.new_zeros(len(rows), self.operator.input_size)
         whole[:, self.positions] = rows
@@ -295,6 +333,12 @@ def all_known(flags: Sequence[bool | None]) -> bool | None:
     if any(flag is False for flag in flags):
         return False
     return True if all(flags) else None
+
+
+def every_known(values: Sequence[_Value | None]) -> list[_Value] | None:
+    """All values, or ``None`` where one is unknown."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
 
 
 def require_space(space: ParameterSpace, tensor: Tensor, name: str) -> None:

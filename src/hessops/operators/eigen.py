@@ -161,6 +161,9 @@ class EigenOperator(TensorOperator):
         r""":math:`\mathrm{tr}\, A`."""
         return self.eigenvalues.double().sum().item()
 
+    def _exact_eigenvalues(self) -> Tensor:
+        return self.eigenvalues.double()
+
     def logdet(self, regularization: float = 0.0) -> float:
         r""":math:`\log\det(A + \lambda I)`.
 
@@ -282,6 +285,9 @@ class DiagonalEigenOperator(EigenOperator):
     def _out_of_basis(self, rows: Tensor) -> Tensor:
         return rows
 
+    def _exact_diagonal(self) -> Tensor:
+        return self.eigenvalues.double()
+
     @property
     def _decomposed_size(self) -> int:
         return 1
@@ -335,6 +341,9 @@ class DenseEigenOperator(EigenOperator):
 
     def _out_of_basis(self, rows: Tensor) -> Tensor:
         return rows @ self.basis.T
+
+    def _exact_diagonal(self) -> Tensor:
+        return self.basis.double().square() @ self.eigenvalues.double()
 
     def _move(self, device: torch.device) -> Self:
         moved = self._copy_on(device)

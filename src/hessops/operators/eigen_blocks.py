@@ -11,6 +11,7 @@ from torch import Tensor
 from hessops.errors import ArgumentError, ArgumentTypeError
 from hessops.operators.base import TensorDictOperator, TensorOperator
 from hessops.operators.damping import Regularization, by_block, resolved
+from hessops.operators.diagonal import every_known
 from hessops.operators.eigen import EigenOperator
 from hessops.operators.inverse import DirectInverse
 from hessops.operators.kronecker_block import KroneckerOperator
@@ -78,6 +79,15 @@ class BlockEigenOperator(EigenOperator, TensorDictOperator):
         for name, block in self.blocks.items():
             result[:, self._positions[name]] = block._out_of_basis(parts[name])
         return result
+
+    def _exact_diagonal(self) -> Tensor | None:
+        known = every_known([block._exact_diagonal() for block in self.blocks.values()])
+        if known is None:
+            return None
+        diagonal = torch.empty(self.input_size, dtype=torch.float64, device=self.device)
+        for name, part in zip(self.blocks, known, strict=True):
+            diagonal[self._positions[name]] = part
+        return diagonal
 
     def _by_block(self, values: Tensor, dim: int = 0) -> dict[str, Tensor]:
         """What is in the order of the eigenvalues, by block."""
@@ -267,6 +277,9 @@ class KfacInverse(DirectInverse):
     def with_regularization(self, regularization: Regularization) -> KfacInverse:
         """The same inverse for another λ, or others; the eigenvectors are shared."""
         return KfacInverse(self._blocks, regularization, self.damping)
+
+    def _known_map(self) -> TensorOperator:
+        return self.inverse_map
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator:
         # (D⁻¹ + s)⁻¹ in the same eigenbasis.

@@ -280,6 +280,26 @@ class DirectInverse(InverseOperator):
         outcomes.decide(outcomes.undecided, SolveStatus.STAGNATED)
         return outcomes.solution(1, product)
 
+    def _known_map(self) -> TensorOperator | None:
+        """The hook for estimators: an operator with the same products, of which more is known."""
+        return None
+
+    def _exact_eigenvalues(self) -> Tensor | None:
+        known = self._known_map()
+        return None if known is None else known._exact_eigenvalues()
+
+    def _exact_diagonal(self) -> Tensor | None:
+        known = self._known_map()
+        return None if known is None else known._exact_diagonal()
+
+    def _exact_trace(self) -> float | None:
+        known = self._known_map()
+        return super()._exact_trace() if known is None else known._exact_trace()
+
+    def _exact_squared_norm(self) -> float | None:
+        known = self._known_map()
+        return super()._exact_squared_norm() if known is None else known._exact_squared_norm()
+
     def _reachable(self, rhs: Tensor) -> Tensor:
         """The part of right-hand sides that the residual is measured against: all of it."""
         return rhs
@@ -320,6 +340,9 @@ class ClosedFormInverse(DirectInverse):
 
     def _apply_rows_adjoint(self, rows: Tensor) -> Tensor:
         return self.inverse_map._adjoint_product(rows)
+
+    def _known_map(self) -> TensorOperator:
+        return self.inverse_map
 
     def with_regularization(self, regularization: float | None) -> ClosedFormInverse:
         """The closed-form inverse of A + λI.

@@ -91,6 +91,14 @@ class KroneckerOperator(EigenOperator):
             matrices = matrices @ self.input_basis.mT
         return self.form.rows(matrices)
 
+    def _exact_diagonal(self) -> Tensor:
+        """The squares of both bases, around the eigenvalues."""
+        matrices = self.eigenvalues.double().reshape(1, *self.form.shape)
+        matrices = self.output_basis.double().square() @ matrices
+        if self.input_basis is not None:
+            matrices = matrices @ self.input_basis.double().square().mT
+        return self.form.rows(matrices)[0]
+
     def _with_eigenvalues(self, eigenvalues: Tensor) -> EigenOperator:
         changed = super()._with_eigenvalues(eigenvalues)
         assert isinstance(changed, KroneckerOperator)

@@ -65,6 +65,14 @@ class LowRankProductOperator(TensorOperator):
         basis = self.low_rank_representation.projections
         return (rows @ basis * self.low_rank_representation.eigen_vals) @ basis.T
 
+    def _exact_eigenvalues(self) -> Tensor:
+        values = self.low_rank_representation.eigen_vals.double()
+        return torch.cat([values, values.new_zeros(self.input_size - len(values))])
+
+    def _exact_diagonal(self) -> Tensor:
+        representation = self.low_rank_representation
+        return representation.projections.double().square() @ representation.eigen_vals.double()
+
     def _closed_form_inverse(self, shift: float) -> TensorOperator:
         representation = self.low_rank_representation
         if shift > 0:
@@ -179,6 +187,16 @@ class LowRankOperator(DirectInverse):
         if self.exact:
             result = result + self._outside(rows, inside) / self.regularization
         return result
+
+    def _exact_eigenvalues(self) -> Tensor:
+        values = 1 / self.damped_eigenvalues.double()
+        outside = 1 / self.regularization if self.exact else 0.0
+        return torch.cat([values, values.new_full((self.input_size - len(values),), outside)])
+
+    def _exact_diagonal(self) -> Tensor:
+        values = 1 / self.damped_eigenvalues.double()
+        outside = 1 / self.regularization if self.exact else 0.0
+        return self._basis.double().square() @ (values - outside) + outside
 
     def _reachable(self, rhs: Tensor) -> Tensor:
         return rhs if self.exact else self._coordinates(rhs) @ self._basis.T
