@@ -146,8 +146,6 @@ class _XDiagSamples:
         self._differences = self._images - lengths / sketch.probes
         whole = (sketch.basis * sketch.basis_images).sum(dim=0)
         self.values = whole - self._directions * self._differences
-        # Rounding, which is not small in a narrow dtype.
-        self.values += (sketch.images - coordinates @ sketch.basis) / sketch.probes
 
     def covariance(self) -> Tensor:
         r"""An estimate of the covariance of two samples, summed over all entries.

@@ -18,7 +18,8 @@ class Estimate(Printed):
         standard_error: The estimated standard deviation of `value` over the generator's draws, of
             the same form; zero where `value` is exact up to rounding.
         num_products: Products with the operator that were computed.
-        method: How, by the name that the estimator takes; ``"exact"`` for a formula.
+        method: How, by the name that the estimator takes; ``"exact"`` for a formula, or for
+            products with all unit vectors.
 
     Example:
         >>> from hessops.estimators import Estimate
