@@ -454,6 +454,9 @@ def test_an_interrupt_gives_the_memory_for_graphs_back(tmp_path: Path) -> None:
         assert "2 of 2 graphs retained" in repr(L)
         assert L._graphs.memory.used == limit
         del caught
+    short = H.linearize(max_bytes=limit - 1)
+    product(short)
+    assert "1 of 2 graphs retained" in repr(short)
 
 
 def test_factors_and_curvature_stay_those_of_one_model_where_a_refresh_is_interrupted(

@@ -732,11 +732,14 @@ def test_no_hooks_are_left() -> None:
 
 def test_no_hooks_are_left_by_a_batch_that_fails() -> None:
     class Picky(nn.Module):
+        ran: Picky
+
         def __init__(self) -> None:
             super().__init__()
             self.layer, self.limit = nn.Linear(3, 2), 1e3
 
         def forward(self, x: Tensor) -> Tensor:
+            Picky.ran = self
             hidden = self.layer(x)
             if (x > self.limit).any():
                 raise RuntimeError("too large")
@@ -750,8 +753,9 @@ def test_no_hooks_are_left_by_a_batch_that_fails() -> None:
     with pytest.raises(ModelError, match="too large"):
         operator.refresh()
     assert operator.curvature.objective is not None
-    assert operator.curvature.objective.model.limit == 50.0
-    assert hooks_of(model) == hooks_of(operator.curvature.objective.model) == []
+    assert operator.curvature.objective.model.limit == 1e3
+    assert Picky.ran.limit == 50.0
+    assert hooks_of(model) == hooks_of(Picky.ran) == []
 
 
 @pytest.mark.parametrize("progress", [True, False])
