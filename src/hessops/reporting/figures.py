@@ -30,6 +30,9 @@ FEWEST_BINS, MOST_BINS = 8, 64
 # Of the cells of the heat map, this part is within the range of its colours.
 WITHIN_COLOURS = 0.99
 
+# Between a line and the page.
+LEAST_CONTRAST = 3.0
+
 BLUE, ORANGE, GREY = "#2f7fd0", "#d9622b", "#8c8c8c"
 
 
@@ -149,7 +152,7 @@ def convergence_figure(solution: Solution, of: str) -> Html:
     )
     alt = f"Relative residual norms of {len(lines)} right-hand sides over at most {most} steps."
 
-    def draw(axes: Axes, _: Scheme) -> None:
+    def draw(axes: Axes, scheme: Scheme) -> None:
         from matplotlib.ticker import MaxNLocator
 
         convergence(_selected(solution, lines), axes)
@@ -157,8 +160,47 @@ def convergence_figure(solution: Solution, of: str) -> Html:
         legend = axes.get_legend()
         if legend is not None and len(lines) < 2:
             legend.remove()
+        _lift(axes, scheme)
 
     return figure(draw, alt, caption)
+
+
+def _lift(axes: Axes, scheme: Scheme) -> None:
+    """Lines that were chosen for white paper, moved towards the text where the page hides them."""
+    from matplotlib.colors import to_hex
+    from matplotlib.lines import Line2D
+
+    for line in axes.findobj(Line2D):
+        assert isinstance(line, Line2D)
+        hollow = line.get_markerfacecolor() == "none"
+        line.set_color(legible(to_hex(line.get_color()), scheme))
+        line.set_markeredgecolor(line.get_color())
+        line.set_markerfacecolor("none" if hollow else line.get_color())
+
+
+def legible(colour: str, scheme: Scheme) -> str:
+    """A colour of enough contrast to the page (3 to 1, as WCAG 2.1 asks of graphics).
+
+    Example:
+        >>> from hessops.reporting.figures import DARK, LIGHT, legible
+        >>> legible("#0b4f8a", LIGHT), legible("#0b4f8a", DARK)
+        ('#0b4f8a', '#346c9d')
+    """
+    from matplotlib.colors import to_hex, to_rgb
+
+    end, mixed = np.array(to_rgb(scheme.text)), np.array(to_rgb(colour))
+    while _contrast(mixed, np.array(to_rgb(scheme.page))) < LEAST_CONTRAST:
+        mixed = 0.9 * mixed + 0.1 * end
+    return to_hex(mixed.tolist())
+
+
+def _contrast(one: Floats, other: Floats) -> float:
+    def luminance(colour: Floats) -> float:
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return float(linear @ np.array([0.2126, 0.7152, 0.0722]))
+
+    darker, lighter = sorted([luminance(one), luminance(other)])
+    return (lighter + 0.05) / (darker + 0.05)
 
 
 def _worst(solution: Solution) -> list[int]:
