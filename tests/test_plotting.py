@@ -279,6 +279,15 @@ def test_given_axes_are_drawn_on_and_returned(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
+def test_a_layout_leaves_both_of_two_drawings_their_room(name: str) -> None:
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axes in (left, right):
+        DRAWINGS[name](axes)
+    figure.canvas.draw()
+    assert min(left.get_position().width, right.get_position().width) > 0.25
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
 def test_one_figure_is_made_without_axes(name: str) -> None:
     axes = DRAWINGS[name](None)
     assert pyplot.get_fignums() == [axes.figure.number]

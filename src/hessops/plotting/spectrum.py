@@ -122,6 +122,8 @@ def _draw_marks(
         at_edge = on_log and label == "zero"
         heights = np.abs(numbers) if on_log else numbers
         for some, face in ((chosen & ~uncertain, color), (chosen & uncertain, "white")):
+            if not some.any():
+                continue  # an empty line that is not clipped would take room in a layout
             axes.plot(
                 places[some],
                 heights[some],
@@ -132,7 +134,7 @@ def _draw_marks(
                 color=color,
                 markerfacecolor=face,
                 linestyle="none",
-                label=_named(label, on_log, face == color) if some.any() else "_",
+                label=_named(label, on_log, face == color),
             )
 
 

@@ -31,7 +31,7 @@ FEWEST_BINS, MOST_BINS = 8, 64
 WITHIN_COLOURS = 0.99
 
 # Between a line and the page.
-LEAST_CONTRAST = 3.0
+LEAST_CONTRAST = 4.5
 
 BLUE, ORANGE, GREY = "#2f7fd0", "#d9622b", "#8c8c8c"
 
@@ -179,12 +179,12 @@ def _lift(axes: Axes, scheme: Scheme) -> None:
 
 
 def legible(colour: str, scheme: Scheme) -> str:
-    """A colour of enough contrast to the page (3 to 1, as WCAG 2.1 asks of graphics).
+    """A colour of enough contrast to the page (4.5 to 1, as WCAG 2.1 asks of text).
 
     Example:
         >>> from hessops.reporting.figures import DARK, LIGHT, legible
         >>> legible("#0b4f8a", LIGHT), legible("#0b4f8a", DARK)
-        ('#0b4f8a', '#346c9d')
+        ('#0b4f8a', '#648eb3')
     """
     from matplotlib.colors import to_hex, to_rgb
 
