@@ -398,7 +398,7 @@ def fitted(make: Callable[[], InfluenceFunctionModel]) -> InfluenceFunctionModel
 
 
 def cg_influence() -> InfluenceFunctionModel:
-    return fitted(INFLUENCE_MODELS["CgInfluence"])
+    return of_model(CgInfluence, LAMBDA, "layer_wise", "gauss_newton", rtol=0.1).fit(in_order())
 
 
 def calculator() -> SequentialInfluenceCalculator:

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from copy_cases import (
     CASES,
     LAMBDA,
+    OPERATORS,
     in_order,
-    leaves,
     made,
     net,
     points,
@@ -30,6 +30,7 @@ from copy_cases import (
     same_bits,
     vectors,
 )
+from reference import relative_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -83,15 +84,20 @@ OF_SEVERAL_PROCESSES = {DistributedAveraging, DaskInfluenceCalculator}
 
 
 @cache
+def other(name: str) -> tuple[type, object]:
+    """The type of an object that is not used otherwise, and what is seen of it."""
+    thing = CASES[name].make()
+    return type(thing), copy.deepcopy(CASES[name].see(thing))
+
+
 def seen(name: str) -> object:
-    """What is seen of an object that is not used otherwise."""
-    return copy.deepcopy(CASES[name].see(CASES[name].make()))
+    return other(name)[1]
 
 
 def test_every_public_class_has_a_case() -> None:
     named = {getattr(m, n) for m in (hessops, hessops.influence) for n in m.__all__}
     classes = {value for value in named if isinstance(value, type)} - OF_SEVERAL_PROCESSES
-    objects = {type(case.make()) for case in CASES.values()}
+    objects = {other(name)[0] for name in CASES}
     bases = {cls for cls in classes if inspect.isabstract(cls)} | BASES
     assert {cls.__name__ for cls in classes - objects - bases} == set()
     assert all(any(issubclass(kind, base) for kind in objects) for base in bases)
@@ -102,13 +108,13 @@ def test_copies_and_pickles_compute_the_same_bits_before_and_after_use(name: str
     case = CASES[name]
     original = case.make()
     sizes = [len(pickle.dumps(original))]
-    fresh = [copied(original) for copied in (copy.deepcopy, pickled)]
+    fresh = pickled(copy.deepcopy(original))
     assert same_bits(case.see(original), seen(name))
     sizes.append(len(pickle.dumps(original)))
-    used = [copied(original) for copied in COPIES.values()]
+    used = pickled(original), copy.deepcopy(copy.copy(original))
     assert same_bits(case.see(original), seen(name))
     sizes.append(len(pickle.dumps(original)))
-    for twin in (*fresh, *used):
+    for twin in (fresh, *used):
         assert type(twin) is type(original)
         assert same_bits(case.see(twin), seen(name))
     # No data and no graphs are carried along, and nothing is added by more use.
@@ -442,8 +448,11 @@ def test_a_worker_of_a_loader_that_was_spawned_computes_the_same_product() -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [n for n in MOVING if CASES[n].moves])
-def test_on_a_gpu_the_same_holds(name: str) -> None:
-    case = CASES[name]
-    original = case.make().to("cuda")
-    assert all(t.is_cuda for t in leaves(case.see(original)) if isinstance(t, Tensor))
+@pytest.mark.parametrize("name", [name for name in OPERATORS if OPERATORS[name].moves])
+def test_operators_on_a_gpu_have_copies_there(name: str) -> None:
+    original = CASES[name].make().to("cuda")
+    expected = product(original)
+    for copied in COPIES.values():
+        found = product(copied(original))
+        assert found.is_cuda
+        assert relative_error(found, expected) < 1e-9
