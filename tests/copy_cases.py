@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessops
+from hessops import estimators
 from hessops import (
     BatchOperation,
     BatchOperator,
@@ -463,6 +464,9 @@ PARTS: Mapping[str, Case] = {
     "point averaging": constant(hessops.PointAveraging, averaged),
     "chunk averaging": constant(hessops.ChunkAveraging, averaged),
     "low-rank pairs": Case(pairs, lambda found: (found.eigen_vals, found.projections)),
+    "estimate": constant(lambda: estimators.trace(matrix())),
+    "eigenpairs": constant(lambda: estimators.eigenpairs(matrix(), k=2)),
+    "spectral density": constant(lambda: estimators.spectral_density(matrix(), num_probes=2)),
     "solution": constant(lambda: solution(CgOperator(matrix()))),
     "status": constant(lambda: hessops.SolveStatus.CONVERGED),
     "damping": constant(lambda: Damping(relative=0.1)),

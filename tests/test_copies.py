@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import hessops
 import hessops.influence
+from hessops import estimators
 from hessops import (
     BatchStream,
     CgOperator,
@@ -95,7 +96,7 @@ def seen(name: str) -> object:
 
 
 def test_every_public_class_has_a_case() -> None:
-    named = {getattr(m, n) for m in (hessops, hessops.influence) for n in m.__all__}
+    named = {getattr(m, n) for m in (hessops, estimators, hessops.influence) for n in m.__all__}
     classes = {value for value in named if isinstance(value, type)} - OF_SEVERAL_PROCESSES
     objects = {other(name)[0] for name in CASES}
     bases = {cls for cls in classes if inspect.isabstract(cls)} | BASES

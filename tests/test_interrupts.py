@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
 
 import hessops
+from hessops import estimators
 from hessops import (
     BatchStream,
     BlockDiagonalPreconditioner,
@@ -318,6 +319,12 @@ TABLE: Mapping[str, tuple[Action, ...]] = {
     ),
     "Lanczos": on_operator(partial(operator_spectral_approximation, rank=2)),
     "Nyström": on_operator(partial(operator_nystroem_approximation, rank=3)),
+    "trace": on_operator(partial(estimators.trace, num_products=4)),
+    "diagonal": on_operator(estimators.diagonal),
+    "norm": on_operator(estimators.norm),
+    "eigenpairs": on_operator(partial(estimators.eigenpairs, k=2)),
+    "spectral density": on_operator(estimators.spectral_density),
+    "logdet": on_operator(lambda A: estimators.logdet(A.shift(1.0))),
     "Hessian function": of_model(
         lambda w: create_hvp_function(w.model, w.loss, w.ordered), lambda hvp: hvp(vectors(SIZE)[0])
     ),
