@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessops
-from hessops import estimators
 from hessops import (
     BatchOperation,
     BatchOperator,
@@ -38,6 +37,7 @@ from hessops import (
     SampleSpaceInverse,
     TensorDictOperator,
     TensorOperator,
+    estimators,
 )
 from hessops.batch.precision import LowerPrecisionBatchOperation
 from hessops.errors import NotFittedError

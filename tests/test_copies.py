@@ -36,7 +36,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import hessops
 import hessops.influence
-from hessops import estimators
 from hessops import (
     BatchStream,
     CgOperator,
@@ -46,6 +45,7 @@ from hessops import (
     NystroemPreconditioner,
     Objective,
     SampleSpaceInverse,
+    estimators,
 )
 from hessops.errors import CopyError, DeviceError, HessopsError
 from hessops.influence import (

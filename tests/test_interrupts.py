@@ -25,7 +25,6 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
 
 import hessops
-from hessops import estimators
 from hessops import (
     BatchStream,
     BlockDiagonalPreconditioner,
@@ -46,6 +45,7 @@ from hessops import (
     SampleSpaceInverse,
     TensorOperator,
     create_hvp_function,
+    estimators,
     operator_nystroem_approximation,
     operator_spectral_approximation,
 )
