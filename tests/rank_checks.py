@@ -308,8 +308,9 @@ def solves_take_the_same_steps() -> None:
     for name, recipe in recipes.items():
         solution, reference = recipe(over_ranks).solve(rhs), recipe(alone).solve(rhs)
         assert solution.converged.all(), name
-        # Sums in another order are rounded otherwise, and may end a step sooner or later.
-        assert (solution.iterations - reference.iterations).abs().max() <= 1, name
+        # Sums in another order are rounded otherwise, and may end some steps sooner or later.
+        steps = solution.iterations, reference.iterations
+        assert (steps[0] - steps[1]).abs().max() <= 2, (name, *steps)
         assert_close(solution.value, reference.value, 1e-6)
         assert_close(solution.value, exact, 1e-4)
         residual = (rhs - solution.value @ dense).norm(dim=1) / rhs.norm(dim=1)

@@ -22,10 +22,14 @@ def network(example: ModuleType):
     return example.trained(steps=20)
 
 
-def test_the_estimates_are_those_of_the_matrix(example: ModuleType, network) -> None:
+@pytest.fixture(scope="module")
+def found(example: ModuleType, network):
+    return example.numbers(*network)
+
+
+def test_the_estimates_are_those_of_the_matrix(example: ModuleType, network, found) -> None:
     model, x, y = network
     matrix = HessianOperator(model, example.LOSS, [(x, y)]).to_dense()
-    found = example.numbers(*network)
     for name, estimate in found.items():
         if "trace" in name:
             assert abs(estimate.value - matrix.trace().item()) < 4 * estimate.standard_error
@@ -36,9 +40,9 @@ def test_the_estimates_are_those_of_the_matrix(example: ModuleType, network) -> 
     example.draw_spectrum(density, pairs)
 
 
-def test_the_sketch_saves_steps(example: ModuleType, network, tmp_path: Path) -> None:
+def test_the_sketch_saves_steps(example: ModuleType, network, found, tmp_path: Path) -> None:
     solved = example.solves(*network)
     steps = {name: int(solution.iterations.max()) for name, solution in solved.items()}
     assert all(bool(solution.converged.all()) for solution in solved.values())
     assert steps["Nyström, rank 60"] < steps["none"]
-    example.draw_numbers(example.numbers(*network), solved).savefig(tmp_path / "numbers.png")
+    example.draw_numbers(found, solved).savefig(tmp_path / "numbers.png")
