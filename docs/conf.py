@@ -6,6 +6,8 @@ import os
 from abc import ABC
 
 import hessops
+from hessops.copies import Copyable
+from hessops.printed import Printed
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -56,11 +58,14 @@ sphinx_gallery_conf = {
 }
 
 # There is no network in the build, so names of other projects have nowhere to lead.
-nitpick_ignore_regex = [(r"py:.*", r"(abc|collections|enum|numpy|scipy|torch|tqdm|typing)(\..*)?")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(_pickle|abc|collections|enum|numpy|scipy|torch|tqdm|typing)(\..*)?")
+]
 
 
 def _show_public_bases_only(app, name, obj, options, bases):
-    bases[:] = [b for b in bases if not b.__name__.startswith("_") and b is not ABC] or [object]
+    hidden = (ABC, Copyable, Printed)  # what classes share, and no reader needs
+    bases[:] = [b for b in bases if not b.__name__.startswith("_") and b not in hidden] or [object]
 
 
 def _keep_first_line_of_property(app, what, name, obj, options, lines):
