@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], nested: object) -> object:
+def map_tensors(function: Callable[[Tensor], object], nested: object) -> object:
     """Applies `function` to every tensor and keeps containers and everything else as they are.
 
     Args:
-        function: A map from tensor to tensor.
+        function: What becomes of a tensor.
         nested: A tensor, or tuples (named ones too), lists and mappings of them in any nesting.
 
     Returns:

@@ -45,15 +45,15 @@ class Work:
 
 
 @contextmanager
-def shown(operator: TensorOperator, total: int, name: str, progress: bool) -> Iterator[Work]:
+def shown(operator: TensorOperator, total: int | None, name: str, progress: bool) -> Iterator[Work]:
     """Work behind a progress bar, which is silent unless asked and in all processes but one."""
     show = progress and operator.processes.rank == 0
     with progress_bar(name, "product", total, show=show) as bar:
         yield Work(bar)
 
 
-def require_operator(operator: object) -> None:
-    """Raises where there is nothing to estimate.
+def require_operator(operator: object) -> TensorOperator:
+    """The operator, where there is something to estimate.
 
     Raises:
         ArgumentTypeError: `operator` is not a `TensorOperator`.
@@ -66,6 +66,7 @@ def require_operator(operator: object) -> None:
         )
     if operator.device.type == "meta":
         raise DeviceError("operator is on the meta device, where there are no values to estimate")
+    return operator
 
 
 def require_choice(value: object, choices: Sequence[object], name: str) -> None:

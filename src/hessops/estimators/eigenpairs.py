@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from hessops.errors import ArgumentError, ConvergenceWarning
-from hessops.estimators.products import CountedProducts, checked_operator, require_symmetric
+from hessops.estimators.products import (
+    CountedProducts,
+    checked_operator,
+    counted_products,
+    require_symmetric,
+)
 from hessops.functional.eigenpairs import (
     EigenProblem,
     SpectrumEnd,
@@ -171,7 +176,7 @@ def eigenpairs(
     source = resolved_generator(generator)
     with (
         isolated(operator.device),
-        CountedProducts(operator, "eigenpairs", progress=progress) as product,
+        counted_products(operator, "eigenpairs", progress=progress) as product,
     ):
         require_symmetric(product, "eigenpairs", source)
         if settings.is_dense(count, operator.input_size):
@@ -315,7 +320,7 @@ def _dense_vectors(product: CountedProducts) -> Tensor:
     """All eigenvectors, as rows."""
     operator = product.operator
     matrix = operator.to_dense().double()
-    product.count += operator.input_size
+    product.work(operator.input_size)
     vectors: Tensor = torch.linalg.eigh((matrix + matrix.T) / 2)[1]
     return vectors.T.to(operator.dtype)
 

@@ -17,7 +17,12 @@ from hessops.errors import (
 from hessops.estimators.density import mean_with_error
 from hessops.estimators.estimate import Estimate
 from hessops.estimators.lanczos import Tridiagonal
-from hessops.estimators.products import CountedProducts, checked_operator, require_symmetric
+from hessops.estimators.products import (
+    CountedProducts,
+    checked_operator,
+    counted_products,
+    require_symmetric,
+)
 from hessops.estimators.spectrum import Probes
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
@@ -116,7 +121,7 @@ def logdet(
         by_matrix = method == "exact" or (method == "auto" and operator.input_size <= most_products)
         probes = None if by_matrix else Probes(operator, num_probes, num_steps, max_bytes)
         total = operator.input_size if by_matrix else most_products
-        with CountedProducts(operator, "logdet", total=total, progress=progress) as product:
+        with counted_products(operator, "logdet", total=total, progress=progress) as product:
             require_symmetric(product, "logdet", source)
             if operator.positive_semidefinite is False:
                 raise StructureError(
@@ -130,7 +135,7 @@ def logdet(
 
 def _of_matrix(product: CountedProducts) -> Estimate:
     matrix = product.operator.to_dense()
-    product.count += len(matrix)
+    product.work(len(matrix))
     known = MatrixOperator(matrix, symmetric=True, copy=False)._exact_logdet(1.0, 0.0)
     assert known is not None
     return Estimate(known, 0.0, product.count, "exact")

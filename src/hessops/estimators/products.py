@@ -2,66 +2,37 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hessops.errors import ArgumentTypeError, StructureError
+from hessops.errors import StructureError
+from hessops.estimators.arguments import Work, require_operator, shown
 from hessops.functional.checks import excess_asymmetry
 from hessops.operators.base import TensorOperator
-from hessops.progress import progress_bar
 from hessops.randomness import standard_normal
 from hessops.validation import require_single_or_double
 
 
+@dataclass(frozen=True, eq=False)
 class CountedProducts:
-    """Products with an operator at fixed parameters, for as long as a ``with`` statement takes.
-
-    Args:
-        operator: A; it is linearized, see `TensorOperator.linearize`.
-        description: What the progress bar says.
-        total: How many products there will be, where that is known.
-        progress: Shows the bar, in the first of several processes.
+    """Products with an operator at fixed parameters, made by `counted_products`.
 
     Attributes:
-        count: Vectors that were multiplied so far.
-
-    Example:
-        >>> import torch
-        >>> from hessops import DiagonalOperator
-        >>> from hessops.estimators.products import CountedProducts
-        >>> with CountedProducts(DiagonalOperator(torch.ones(3)), "ones") as product:
-        ...     _ = product(torch.zeros(2, 3))
-        >>> product.count
-        2
+        operator: A, linearized.
+        work: Counts and shows them.
     """
 
-    def __init__(
-        self,
-        operator: TensorOperator,
-        description: str,
-        *,
-        total: int | None = None,
-        progress: bool = False,
-    ) -> None:
-        self.operator = operator.linearize()
-        self.count = 0
-        show = progress and operator.processes.rank == 0
-        self._bar = progress_bar(description, "product", total, show=show)
+    operator: TensorOperator
+    work: Work
 
-    def __enter__(self) -> Self:
-        self._shown = self._bar.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.__exit__(error_type, error, traceback)
+    @property
+    def count(self) -> int:
+        """Vectors that were multiplied so far."""
+        return self.work.num_products
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """A times a vector ``(n,)`` or the rows of ``(k, n)``.
@@ -70,26 +41,45 @@ class CountedProducts:
             NonFiniteProductError: The product is NaN or infinite.
         """
         result = self.operator.apply(tensor)
-        number = 1 if tensor.ndim == 1 else len(tensor)
-        self.count += number
-        self._shown.advance(number)
+        self.work(1 if tensor.ndim == 1 else len(tensor))
         return result
+
+
+@contextmanager
+def counted_products(
+    operator: TensorOperator, name: str, *, total: int | None = None, progress: bool = False
+) -> Iterator[CountedProducts]:
+    """Products that are counted, behind a progress bar.
+
+    Args:
+        operator: A; it is linearized, see `TensorOperator.linearize`.
+        name: What the bar says.
+        total: How many products there will be, where that is known.
+        progress: Shows the bar, in the first of several processes.
+
+    Example:
+        >>> import torch
+        >>> from hessops import DiagonalOperator
+        >>> from hessops.estimators.products import counted_products
+        >>> with counted_products(DiagonalOperator(torch.ones(3)), "ones") as product:
+        ...     _ = product(torch.zeros(2, 3))
+        >>> product.count
+        2
+    """
+    with shown(operator, total, name, progress) as work:
+        yield CountedProducts(operator.linearize(), work)
 
 
 def checked_operator(operator: object, method: str) -> TensorOperator:
     """An operator of float32 or float64.
 
     Raises:
-        ArgumentTypeError: Something else.
+        ArgumentTypeError, DeviceError: See `require_operator`.
         DtypeError: Half precision.
     """
-    if not isinstance(operator, TensorOperator):
-        raise ArgumentTypeError(
-            f"operator must be a TensorOperator, got {type(operator).__name__}; wrap a matrix as "
-            "MatrixOperator(matrix)"
-        )
-    require_single_or_double(operator.dtype, "operator", method)
-    return operator
+    checked = require_operator(operator)
+    require_single_or_double(checked.dtype, "operator", method)
+    return checked
 
 
 def require_symmetric(product: CountedProducts, method: str, generator: torch.Generator) -> None:

@@ -10,7 +10,12 @@ from torch import Tensor
 from hessops.errors import MemoryLimitError
 from hessops.estimators.density import SpectralDensity
 from hessops.estimators.lanczos import Tridiagonal, lanczos, working_bytes
-from hessops.estimators.products import CountedProducts, checked_operator, require_symmetric
+from hessops.estimators.products import (
+    CountedProducts,
+    checked_operator,
+    counted_products,
+    require_symmetric,
+)
 from hessops.isolation import isolated
 from hessops.operators.base import TensorOperator
 from hessops.randomness import rademacher, resolved_generator
@@ -73,7 +78,7 @@ def spectral_density(
     source = resolved_generator(generator)
     with (
         isolated(operator.device),
-        CountedProducts(
+        counted_products(
             operator, "spectral density", total=probes.most_products, progress=progress
         ) as product,
     ):

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hessops.nested import map_tensors
+
 aten = torch.ops.aten
 
 # Their results depend on the form of an argument, never on its numbers.
@@ -211,8 +213,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         keywords = kwargs or {}
-        arguments = _with_tensors(args, self.value_of)
-        named = {name: _with_tensors(value, self.value_of) for name, value in keywords.items()}
+        arguments: Any = map_tensors(self.value_of, args)
+        named: Any = map_tensors(self.value_of, keywords)
         result = func(*args, **keywords)
         if func._schema.is_mutable:
             self._enter_written(func, arguments, named)
@@ -287,11 +289,3 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             frozenset(self._rewritten),
             sum(num_bytes[number] for number in self._made.intersection(constants)),
         )
-
-
-def _with_tensors(nested: Any, replace: Callable[[Tensor], object]) -> Any:
-    if isinstance(nested, Tensor):
-        return replace(nested)
-    if isinstance(nested, (tuple, list)):
-        return type(nested)([_with_tensors(item, replace) for item in nested])
-    return nested

@@ -208,7 +208,6 @@ class _Plan:
         self._sizes = recording.num_bytes
         self._kept = {value.storage for value in recording.outputs.values()}
         self._inputs = {value.storage for value in recording.inputs.values()}
-        self._constants = set(recording.constants)
         self._ends: dict[int, int] = {}
         for index, one in enumerate(operations):
             for value in (*one.reads, *_written(one)):
@@ -219,7 +218,6 @@ class _Plan:
         self._taken: list[tuple[int, int, int]] = []  # offset, end, storage
         for storage in sorted(self._inputs):
             self._place(storage, 0)
-        # By the storage whose memory others have taken over, when that ends.
         for index, one in enumerate(operations):
             self._free(index)
             if is_placed(one):
