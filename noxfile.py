@@ -132,7 +132,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Find the mislabelled digits; arguments after -- go to the example."""
-    _run_script(session, ROOT / "examples" / "mislabelled_digits.py", *session.posargs)
+    _run_script(session, ROOT / "examples" / "programs" / "mislabelled_digits.py", *session.posargs)
 
 
 @nox.session
@@ -144,6 +144,16 @@ def bench(session: nox.Session) -> None:
     for family in families:
         script = ROOT / "benchmarks" / f"{family}.py"
         session.run(python, str(script), *options, external=True)
+
+
+@nox.session
+def migration(session: nox.Session) -> None:
+    """Run scripts of other libraries beside theirs here; libraries after --, e.g. dattri."""
+    python = _python_with(session, BENCH, "benchmarks", "peers")
+    folder = ROOT / "examples" / "migration"
+    quietly = [python, "-W", "ignore"]  # what the other libraries warn of at import
+    session.run(*quietly, str(folder / "side_by_side.py"), *session.posargs, external=True)
+    session.run(*quietly, str(folder / "public_names.py"), external=True)
 
 
 @nox.session

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC
+from pathlib import Path
 
 import hessops
 from hessops.copies import Copyable
 from hessops.printed import Printed
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "hessops"
 author = "the hessops authors"
@@ -17,17 +20,23 @@ copyright = "the hessops authors"
 version = release = hessops.__version__
 
 extensions = [
+    "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "migration/compared_*.md"]  # the latter are parts of pages
 # sphinx-gallery leaves copies of the programs beside their pages.
-exclude_patterns += ["gallery/**/*.ipynb", "gallery/**/*.py"]
+for _gallery in ("gallery", "recipes", "start"):
+    exclude_patterns += [f"{_gallery}/**/*.ipynb", f"{_gallery}/**/*.py"]
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["hessops.css"]
+html_math_renderer = "mathml"
 html_title = f"hessops {release}"
 
 # Names in single backquotes are code; references are written as :class:`...`.
@@ -45,9 +54,10 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 sphinx_gallery_conf = {
-    "examples_dirs": ["../examples"],
-    "gallery_dirs": ["gallery"],
-    "filename_pattern": r"examples[/\\][^/\\]+\.py$",
+    "examples_dirs": ["../examples/programs", "../examples/recipes", "../examples/start"],
+    "gallery_dirs": ["gallery", "recipes", "start"],
+    "within_subsection_order": "gallery_order.by_reading",
+    "filename_pattern": r"\.py$",
     "nested_sections": False,
     "only_warn_on_example_error": False,
     "abort_on_example_error": True,

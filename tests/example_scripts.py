@@ -9,7 +9,7 @@ from types import ModuleType
 
 import matplotlib as mpl
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "programs"
 
 
 def loaded(name: str) -> ModuleType:

@@ -11,7 +11,11 @@ import hessops
 from hessops import influence
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),
+]
 
 FENCE = re.compile(r"^```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -27,7 +31,9 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name
+    "page",
+    [page for page in PAGES if python_blocks(page)],
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ Three pictures say how good that is for a network small enough to know everythin
 eigenvalues, the convergence of conjugate gradients with the inverse as a preconditioner, and the
 influences of training images.
 
-Run it with ``python examples/kronecker_digits.py``; it writes the pictures.
+Run it with ``python examples/programs/kronecker_digits.py``; it writes the pictures.
 """
 
 # %%

@@ -8,8 +8,9 @@ nothing else changes. Each process solves for the factors :math:`(G + \lambda I)
 \nabla\ell(z')` of the test points, together with all others and to the same bits, and then scores
 the training points of its own shard.
 
-Run it on two processes with ``torchrun --nproc-per-node 2 examples/distributed_influence.py``, or
-on one with ``python examples/distributed_influence.py``; either finds the same influences, to the
+Run it on two processes with
+``torchrun --nproc-per-node 2 examples/programs/distributed_influence.py``, or on one with
+``python examples/programs/distributed_influence.py``; either finds the same influences, to the
 tolerance of the solver, and writes a picture.
 """
 

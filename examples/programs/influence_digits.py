@@ -11,8 +11,8 @@ with G the generalized Gauss-Newton matrix of the training loss. Leaving z out o
 changes the loss on z' by about :math:`\mathcal I / N`: the most positive influences are those of
 the most helpful images, the most negative those of the most harmful ones (Koh & Liang 2017).
 
-Run it with ``python examples/influence_digits.py``; it writes a picture, and a page with all
-that is known of the run.
+Run it with ``python examples/programs/influence_digits.py``; it writes a picture, and a page with
+all that is known of the run.
 """
 
 # %%

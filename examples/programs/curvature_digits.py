@@ -6,7 +6,7 @@ A network of a few thousand parameters is trained on the digits of scikit-learn.
 many eigenvalues as there are parameters: nearly all of them close to zero, some few large, some
 negative. None of that needs the matrix; products with it are enough.
 
-Run it with ``python examples/curvature_digits.py``; it writes the pictures.
+Run it with ``python examples/programs/curvature_digits.py``; it writes the pictures.
 """
 
 # %%

@@ -14,8 +14,8 @@ The influence of a training point z on the loss on a test point z' is
 and A + λI is inverted in the Kronecker eigenbasis of EKFAC. A positive influence is one of a
 helpful point (Koh & Liang 2017, with the opposite sign).
 
-Run it with ``python examples/dask_influence.py``; it writes a store and a picture. A second run
-finds the store whole and computes nothing again.
+Run it with ``python examples/programs/dask_influence.py``; it writes a store and a picture. A
+second run finds the store whole and computes nothing again.
 """
 
 # %%
