@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),
 ]
 
@@ -41,6 +42,9 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
     for lines_before, code in python_blocks(page):
         # Padded, so that a traceback shows the line of the page.
         exec(compile("\n" * lines_before + code, str(page), "exec"), namespace)
+    for name, shown in namespace.items():
+        if name.startswith("test_"):
+            shown()
 
 
 def test_the_readme_has_an_example():
@@ -49,7 +53,7 @@ def test_the_readme_has_an_example():
 
 def test_the_sessions_named_by_the_readme_and_the_ci_script_exist():
     defined = set(re.findall(r"^@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text(), re.M))
-    for document in (ROOT / "README.md", ROOT / ".ci" / "run"):
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".ci" / "run"):
         named = set(re.findall(r"nox -s (\w+)", document.read_text("utf-8")))
         assert named, document
         assert named <= defined, document
@@ -62,3 +66,11 @@ def test_every_public_name_has_an_entry_in_the_api_reference():
     assert set(hessops.__all__) - {"__version__"} <= documented
     of_influence = r"^\.\. auto\w+:: hessops\.influence\.(\w+)"
     assert set(influence.__all__) == set(re.findall(of_influence, reference, re.M))
+
+
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    (version,) = re.findall(r"^version: (.+)$", citation, re.M)
+    assert version == hessops.__version__
+    (licence,) = re.findall(r'^license = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert f"\nlicense: {licence}\n" in citation
