@@ -100,7 +100,7 @@ def _keep_first_line_of_property(app, what, name, obj, options, lines):
 
 
 def _keep_single_letters(app, what, name, obj, options, lines):
-    # "operator: A." is a list to docutils, with one item that is empty, unless the letter is escaped.
+    # "operator: A." is a list of one empty item to docutils, unless the letter is escaped.
     lines[:] = [re.sub(r"^( +\w+: )([A-Za-z]\.( |$))", r"\1\\\2", line) for line in lines]
 
 

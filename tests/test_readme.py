@@ -56,7 +56,7 @@ def test_the_sessions_named_by_the_readme_and_the_ci_script_exist():
         assert named <= defined, document
 
 
-# Packages and modules that programs import from; of a package inside, what it adds to the outer one.
+# What programs import from, the outermost first.
 PUBLIC_MODULES = (
     "hessops",
     "hessops.functional",
