@@ -23,6 +23,8 @@ from hessops.operators.inverse import InverseOperator
 from hessops.operators.solution import SolveStatus
 from hessops.printed import Node, Printed, counted
 
+__all__ = ["ConformanceReport", "check_operator"]
+
 DEFAULT_ACCURACY = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
