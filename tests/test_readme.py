@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+import hessops
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [
