@@ -171,8 +171,8 @@ torch.testing.assert_close(torch.tensor(largest).sort().values, exact[-3:])
 print(largest)
 
 # %%
-# Why one would combine them: G has no negative eigenvalues for this loss. The smallest eigenvalue of A
-# is at least 0.9 times that of H plus λ, here above zero.
+# Why one would combine them: G has no negative eigenvalues for this loss, so that the smallest
+# eigenvalue of A is at least λ plus 0.9 times that of H, here above zero.
 
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharey=True, layout="constrained")
 titles = ("H", "G", "A")
@@ -186,8 +186,8 @@ plt.show()
 # For your own model
 # ------------------
 #
-# Leave out ``to_dense`` and the comparisons: everything else is products. The tree that is printed is
-# their bill: every leaf that names a model is a pass over its data.
+# Leave out ``to_dense`` and the comparisons: everything else is products. The tree that is printed
+# is their bill: every leaf that names a model is a pass over its data.
 #
 # See also
 # --------

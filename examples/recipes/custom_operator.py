@@ -174,26 +174,33 @@ torch.testing.assert_close(total @ rhs, dense @ rhs + (fisher @ rhs) + 0.01 * rh
 # -----------------------------
 #
 # Four operators that return numbers, all of them wrong. Two are found without a dense reference.
-# The other two are right in form, and only another computation of the same matrix can tell: give one
-# for a small case.
+# The other two are right in form, and only another computation of the same matrix can tell.
 
 
-class AnotherSum(GradientCovariance):  # divided by n, and not by the sum of the weights
+class AnotherSum(GradientCovariance):
+    """Divided by n, and not by the sum of the weights."""
+
     def _apply_rows(self, rows):
         return super()._apply_rows(rows) * weights.mean()
 
 
-class LostPoint(GradientCovariance):  # a loop over points that ends one too early
+class LostPoint(GradientCovariance):
+    """A loop over points that ends one too early."""
+
     def __init__(self, gradients, weights, space):
         super().__init__(gradients[:-1], weights[:-1], space)
 
 
-class FirstRowOnly(GradientCovariance):  # all vectors of a stack get the product of the first
+class FirstRowOnly(GradientCovariance):
+    """All vectors of a stack get the product of the first."""
+
     def _apply_rows(self, rows):
         return super()._apply_rows(rows[:1]).expand_as(rows)
 
 
-class OneSided(GradientCovariance):  # claims symmetry, and scales one side
+class OneSided(GradientCovariance):
+    """Claims symmetry, and scales one side."""
+
     def _apply_rows(self, rows):
         return super()._apply_rows(rows) * torch.linspace(1, 2, rows.shape[1])
 
@@ -209,7 +216,7 @@ for kind in (FirstRowOnly, OneSided, AnotherSum, LostPoint):
         raise AssertionError(f"{kind.__name__} was not caught")
 
 # %%
-# The first words are the class and the check. Some mistakes do not get as far: every product refuses a
+# The first words are the class and the check. Some mistakes do not get as far: a product refuses a
 # hook that returns another shape or dtype, or that writes to its argument.
 #
 # For your own operator
