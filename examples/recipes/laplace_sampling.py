@@ -2,16 +2,17 @@ r"""
 Sample the posterior of a network (Laplace)
 ===========================================
 
-A trained network gives one answer. The Laplace approximation (MacKay 1992) puts a Gaussian around the
-trained parameters, with the curvature of the loss as its precision; its samples show where the data
-leave the answer open. With :math:`N` points, :math:`\ell_i` the negative log-likelihood of point i and
-a prior :math:`\theta \sim \mathcal N(0, \tau^{-1} I)`, the negative log-posterior is, up to a constant,
+A trained network gives one answer. The Laplace approximation (MacKay 1992) puts a Gaussian around
+the trained parameters, with the curvature of the loss as its precision; its samples show where the
+data leave the answer open. With :math:`N` points, :math:`\ell_i` the negative log-likelihood of
+point i and a prior :math:`\theta \sim \mathcal N(0, \tau^{-1} I)`, the negative log-posterior is,
+up to a constant,
 
 .. math:: \sum_i \ell_i(\theta) + \frac\tau2 \lVert\theta\rVert^2
           = N \Bigl(\frac1N \sum_i \ell_i(\theta) + \frac{\tau}{2N} \lVert\theta\rVert^2\Bigr) .
 
-So training the *mean* loss with weight decay :math:`\tau / N` finds its minimum :math:`\theta^*`, and with
-:math:`G` the generalized Gauss-Newton matrix of the mean loss
+So training the *mean* loss with weight decay :math:`\tau / N` finds its minimum :math:`\theta^*`,
+and with :math:`G` the generalized Gauss-Newton matrix of the mean loss
 
 .. math:: \theta \sim \mathcal N\bigl(\theta^*,\; \Lambda^{-1}\bigr), \qquad
           \Lambda = N G + \tau I = N \bigl(G + \tfrac\tau N I\bigr) .
@@ -21,8 +22,8 @@ So training the *mean* loss with weight decay :math:`\tau / N` finds its minimum
 # A trained network
 # -----------------
 #
-# The loss must be a negative log-likelihood, as the cross-entropy of logits is. It is minimised to the
-# end: the Gaussian is one around a minimum.
+# The loss must be a negative log-likelihood, as the cross-entropy of logits is. It is minimised to
+# the end: the Gaussian is one around a minimum.
 from math import log
 
 import matplotlib.pyplot as plt
@@ -77,8 +78,8 @@ def laplace(tau: float):
 #           + \frac P2 \log\tau - \frac12 \log\det\Lambda .
 #
 # (The powers of :math:`2\pi` of the prior and of the Gaussian cancel.) The largest value names
-# :math:`\tau` without a point held out. New points agree here. Each value is that of the one minimum
-# that was found, so expect some noise.
+# :math:`\tau` without a point held out. New points agree here. Each value is that of the one
+# minimum that was found, so expect some noise.
 posteriors, evidence = {}, {}
 print("  tau   log evidence   log-likelihood of a new point")
 for value in (0.01, 0.1, 1.0, 10.0):
@@ -107,8 +108,8 @@ by_cholesky = torch.linalg.solve_triangular(cholesky.T, normal.T, upper=True).T
 # :math:`\Lambda` (Papandreou & Yuille 2010); that of :math:`\delta` is
 # :math:`\Lambda^{-1} \Lambda \Lambda^{-1}`. As :math:`N G = \sum_i J_i^\top H_i J_i`, with
 # :math:`H_i = \mathrm{diag}(p_i) - p_i p_i^\top` for cross-entropy, such a :math:`\xi` is
-# :math:`\sum_i J_i^\top s_i + \sqrt\tau\, \varepsilon` with :math:`s_i` of covariance :math:`H_i`: one
-# backward pass for each sample. All samples are solved for together.
+# :math:`\sum_i J_i^\top s_i + \sqrt\tau\, \varepsilon` with :math:`s_i` of covariance :math:`H_i`:
+# one backward pass for each sample. All samples are solved for together.
 logits = model(x)
 p = logits.detach().softmax(dim=1)
 noise = p.sqrt() * torch.randn(S, *p.shape, dtype=torch.float64)
@@ -121,8 +122,8 @@ by_solving = solution.value
 print(solution)  # one step: here the samples span the whole space; with fewer it takes more
 
 # %%
-# **Large networks, approximately**: EKFAC knows its eigenvectors, so that its root is a closed form
-# that needs no data any more.
+# **Large networks, approximately**: EKFAC knows its eigenvectors, so that its root is a closed
+# form that needs no data any more.
 ekfac = EkfacOperator(model, loss, [(x, y)])
 root = ekfac.damped(tau / N).power(-0.5) / N**0.5  # symmetric; its square is N⁻¹(K + τ/N)⁻¹
 by_ekfac = root.apply(normal)
@@ -131,9 +132,9 @@ by_ekfac = root.apply(normal)
 # Are they samples of it?
 # -----------------------
 #
-# The posterior of :math:`L^\top \delta` has the covariance :math:`I`, and that of S samples eigenvalues
-# between about :math:`(1 \pm \sqrt{P/S})^2`. The first two pass. EKFAC agrees in the mean and not
-# in every direction: it is another matrix.
+# The posterior of :math:`L^\top \delta` has the covariance :math:`I`, and that of S samples
+# eigenvalues between about :math:`(1 \pm \sqrt{P/S})^2`. The first two pass. EKFAC agrees in the
+# mean and not in every direction: it is another matrix.
 low, high = (1 - (P / S) ** 0.5) ** 2, (1 + (P / S) ** 0.5) ** 2
 print(f"eigenvalues of the covariance, between {low:.2f} and {high:.2f} for exact samples:")
 samples = {"Cholesky": by_cholesky, "by solving": by_solving, "EKFAC": by_ekfac}
@@ -147,8 +148,8 @@ for name, found in samples.items():
 # ---------------------------
 #
 # With :math:`G` for its curvature, the Gaussian is the posterior of the network made linear in its
-# parameters, so :math:`f(x; \theta^*) + J(x)\, \delta` is what predicts (Immer, Korzepa & Bauer 2021).
-# Samples put into the network itself are worse here than no samples.
+# parameters, so :math:`f(x; \theta^*) + J(x)\, \delta` is what predicts (Immer, Korzepa & Bauer
+# 2021). Samples put into the network itself are worse here than no samples.
 params = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -203,9 +204,9 @@ plt.show()
 # - Another loss: it must be a negative log-likelihood. For squared errors with noise of variance
 #   :math:`\sigma^2`, :math:`\ell_i = \lVert f(x_i) - y_i \rVert^2 / 2\sigma^2` plus a constant,
 #   :math:`H_i = I / \sigma^2`, and :math:`s_i` is normal noise divided by :math:`\sigma`.
-# - Many parameters: leave the Cholesky factor out. The solve takes a pass over the data per step; a
-#   :class:`hessops.NystroemPreconditioner` makes steps fewer. :func:`hessops.estimators.logdet` takes
-#   quadratures by itself where the matrix is large.
+# - Many parameters: leave the Cholesky factor out. The solve takes a pass over the data per step;
+#   a :class:`hessops.NystroemPreconditioner` makes steps fewer. :func:`hessops.estimators.logdet`
+#   takes quadratures by itself where the matrix is large.
 # - Part of the network: ``restrict_to=`` of the operators, and the same parameters in ``mean`` and
 #   ``params``.
 #
