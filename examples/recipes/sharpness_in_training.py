@@ -108,8 +108,8 @@ assert (sharpness[-10:] * 3.0 / 2 - 1).abs().max() < 0.15  # at the edge
 # For your own model
 # ------------------
 #
-# - The Hessian is that of the loss over all the data in the operator. A fixed subset of the
-#   training data is usually enough to see the sharpness.
+# - The Hessian is that of the loss over the data of the operator. Fewer points are cheaper, and
+#   have a sharpness of their own.
 # - The model must be deterministic: the operator takes it in evaluation mode, without active
 #   dropout and with fixed statistics of batch normalisation. ``model.eval()`` before,
 #   ``model.train()`` after.
