@@ -30,6 +30,7 @@ other; the button in the corner of each copies it.
 # what the whole page needs.
 
 import math
+import textwrap
 
 import matplotlib.pyplot as plt
 import torch
@@ -152,7 +153,7 @@ weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0], dtype=torch.float
 try:
     HessianOperator(model, weighted, loader).apply(v)
 except HessopsError as error:
-    print(f"{type(error).__name__}: {error}")
+    print(textwrap.fill(f"{type(error).__name__}: {error}", 88))
 
 # %%
 # :doc:`/recipes/class_weights` does as the message says. Active dropout, batch normalisation in
