@@ -123,8 +123,8 @@ assert difference(hessian.to_dense(), reference) < 1e-12
 # -----------------------
 #
 # Was the model trained with torch's weighted mean of *all* points, as here? That is the mean over
-# points divided by the mean weight :math:`\bar w`, and so is its curvature. Operators can be divided
-# by a number. A weight decay of λ/2 ‖θ‖² beside it is added after the division:
+# points divided by the mean weight :math:`\bar w`, and so is its curvature. Operators can be
+# divided by a number. A weight decay of λ/2 ‖θ‖² beside it is added after the division:
 
 mean_weight = float(weights.mean())
 normalised = hessian / mean_weight
@@ -162,16 +162,16 @@ by_class = GeneralizedGaussNewtonOperator(model, weighted, loader, reduction="no
 assert torch.allclose(by_point.apply(v), by_class.apply(v))
 
 # %%
-# ``ignore_index`` is the same matter: an ignored point has weight 0, and torch divides by the number
-# of the others. Leave such points out of the data, or give them weight 0 and divide by the mean
-# weight.
+# ``ignore_index`` is the same matter: an ignored point has weight 0, and torch divides by the
+# number of the others. Leave such points out of the data, or give them weight 0 and divide by the
+# mean weight.
 #
 # For your own model
 # ------------------
 #
-# All operators, KFAC and EKFAC, and influence models take ``reduction="none"``. An influence model has
-# no division: instead, multiply its ``regularization`` by the mean weight, which is the same up to a
-# factor.
+# All operators, KFAC and EKFAC, and influence models take ``reduction="none"``. An influence model
+# has no division: instead, multiply its ``regularization`` by the mean weight, which is the same up
+# to a factor.
 #
 # See also
 # --------

@@ -55,9 +55,9 @@ model.eval()
 # The matrix, and its factors
 # ---------------------------
 #
-# ``MSELoss`` is the mean of the squares over points *and outputs*, without a half: for d outputs its
-# second derivative by each is 2/d. So :math:`G = \frac{2}{Nd} J^\top J`, with J the Jacobian of all
-# outputs. (A loss ``0.5 * (output - target).square().sum(dim=1)`` with ``reduction="none"`` has
+# ``MSELoss`` is the mean of the squares over points *and outputs*, without a half: for d outputs
+# its second derivative by each is 2/d. So :math:`G = \frac{2}{Nd} J^\top J`, with J the Jacobian of
+# all outputs. (A loss ``0.5 * (output - target).square().sum(dim=1)`` with ``reduction="none"`` has
 # :math:`J^\top J / N`.) Here is J, for a check:
 
 params = {name: p.detach() for name, p in model.named_parameters()}
@@ -83,9 +83,9 @@ assert torch.allclose(ggn.to_dense(), 2 / len(train) * jacobian.T @ jacobian)
 # ---------
 #
 # The data determine :math:`\gamma = \operatorname{tr} G (G + \lambda I)^{-1} = P - \lambda
-# \operatorname{tr} (G + \lambda I)^{-1}` of the P parameters; the others are left to the weight decay.
-# So σ² is the sum of the squared residuals over N − γ. The inverse is an operator, and its trace is
-# estimated by products.
+# \operatorname{tr} (G + \lambda I)^{-1}` of the P parameters; the others are left to the weight
+# decay. So σ² is the sum of the squared residuals over N − γ. The inverse is an operator, and its
+# trace is estimated by products.
 
 inverse = CgOperator(ggn, regularization=weight_decay)
 num_params = inverse.input_size
@@ -96,7 +96,9 @@ with torch.no_grad():
 noise = float(residuals.square().sum() / (len(train) - effective))
 print(f"tr (G + λI)⁻¹ = {inverse_trace}")
 standard_error = weight_decay * inverse_trace.standard_error
-print(f"γ = {effective:.1f} ± {standard_error:.1f} of {num_params} parameters, σ = {noise**0.5:.2f}")
+print(
+    f"γ = {effective:.1f} ± {standard_error:.1f} of {num_params} parameters, σ = {noise**0.5:.2f}"
+)
 
 # %%
 # Error bars
@@ -149,8 +151,9 @@ plt.show()
 # ------------------
 #
 # - Several outputs: a gradient, and so a right-hand side, for each output of each point.
-# - With fewer points (times outputs) than parameters, ``ggn.shift(weight_decay).inverse()`` is exact
-#   and needs no steps; for large networks :class:`hessops.EkfacOperator` has an approximate inverse.
+# - With fewer points (times outputs) than parameters, ``ggn.shift(weight_decay).inverse()`` is
+#   exact and needs no steps; for large networks :class:`hessops.EkfacOperator` has an approximate
+#   inverse.
 # - Noise that differs from point to point is a loss of its own: :doc:`/recipes/custom_loss`.
 #
 # See also
