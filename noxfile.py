@@ -1,8 +1,9 @@
 """Development sessions: ``nox -l`` lists them, ``nox`` runs tests, lint and types.
 
-All sessions but one share an environment, ``.nox/shared``; the benchmarks have one of their own,
-because of what other libraries pin. An environment is made from the pins in ``constraints.txt`` and
-made anew when what it was made from has changed.
+Most sessions share an environment, ``.nox/shared``. The benchmarks and the comparison of scripts
+have one of their own, because of what other libraries pin, and so has every other version of
+PyTorch. An environment is made from the pins in ``constraints.txt`` and made anew when what it was
+made from has changed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import nox
@@ -21,6 +23,8 @@ SHARED = ROOT / ".nox" / "shared"
 BENCH = ROOT / ".nox" / "bench"
 CLEAN = ROOT / ".nox" / "clean"
 DIST = ROOT / "dist"
+# What PyTorch pins for itself.
+WITH_TORCH = {"torch", "sympy", "networkx", "setuptools"}
 FAMILIES = ("products", "solves", "low_rank", "kronecker", "scores", "memory")
 
 nox.needs_version = ">=2025.2.9"
@@ -39,9 +43,20 @@ def _make_environment(session: nox.Session, environment: Path) -> str:
     return _python_of(environment)
 
 
-def _pip_install(session: nox.Session, python: str, *arguments: str) -> None:
+def _pip_install(
+    session: nox.Session, python: str, *arguments: str, constraints: Path = CONSTRAINTS
+) -> None:
     pip_install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    session.run(*pip_install, "-c", str(CONSTRAINTS), *arguments, external=True)
+    session.run(*pip_install, "-c", str(constraints), *arguments, external=True)
+
+
+def _constraints_without_torch(environment: Path) -> Path:
+    """Write the pins, but for those of PyTorch and of what it pins itself, into an environment."""
+    pins = CONSTRAINTS.read_text("utf-8").splitlines()
+    kept = [pin for pin in pins if pin.partition("==")[0] not in WITH_TORCH]
+    constraints = environment / "constraints.txt"
+    constraints.write_text("\n".join(kept) + "\n", "utf-8")
+    return constraints
 
 
 def _fingerprint(pyproject: dict[str, object], requirements: list[str]) -> str:
@@ -54,7 +69,12 @@ def _fingerprint(pyproject: dict[str, object], requirements: list[str]) -> str:
 
 
 def _python_with(
-    session: nox.Session, environment: Path, group: str, *alone: str, extras: str = ""
+    session: nox.Session,
+    environment: Path,
+    group: str,
+    *alone: str,
+    extras: str = "",
+    torch: str = "",
 ) -> str:
     """Return the interpreter of an environment, made first where it is out of date.
 
@@ -64,10 +84,13 @@ def _python_with(
         group: The dependency group that it has.
         alone: Groups that are installed without what they depend on.
         extras: Of the package, which is installed from its sources.
+        torch: A version of PyTorch other than the pinned one.
     """
     pyproject = nox.project.load_toml(ROOT / "pyproject.toml")
     # The pip of a fresh environment may be too old for --group, so nox resolves the groups.
     requirements = list(nox.project.dependency_groups(pyproject, group))
+    if torch:
+        requirements.append(f"torch=={torch}")
     without_theirs = [r for name in alone for r in nox.project.dependency_groups(pyproject, name)]
     fingerprint = _fingerprint(pyproject, [*requirements, *without_theirs])
     stamp = environment / "made-from.sha256"
@@ -76,11 +99,13 @@ def _python_with(
 
     session.log(f"making the environment {environment.name}; later sessions reuse it")
     python = _make_environment(session, environment)
+    constraints = _constraints_without_torch(environment) if torch else CONSTRAINTS
+    install = partial(_pip_install, session, python, constraints=constraints)
     # The build backend is in the group: without build isolation its version is pinned too.
-    _pip_install(session, python, *requirements)
+    install(*requirements)
     if without_theirs:
-        _pip_install(session, python, "--no-deps", *without_theirs)
-    _pip_install(session, python, "--no-build-isolation", "--editable", f"{ROOT}{extras}")
+        install("--no-deps", *without_theirs)
+    install("--no-build-isolation", "--editable", f"{ROOT}{extras}")
     stamp.write_text(fingerprint, "utf-8")  # last: an interrupted installation leaves none
     return python
 
@@ -96,13 +121,27 @@ def _run_script(session: nox.Session, script: Path, *arguments: str) -> None:
     session.run(python, str(script), *arguments, env=environment, external=True)
 
 
+def _run_tests(session: nox.Session, python: str, *arguments: str) -> None:
+    # Tests that share a cluster of processes run in one place.
+    spread = ["-n", "2", "--dist", "loadgroup"]
+    session.run(python, "-m", "pytest", *spread, *arguments, external=True)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after -- go to pytest."""
-    python = _shared_python(session)
-    # Tests that share a cluster of processes run in one place.
-    spread = ["-n", "2", "--dist", "loadgroup"]
-    session.run(python, "-m", "pytest", *spread, *session.posargs, external=True)
+    _run_tests(session, _shared_python(session), *session.posargs)
+
+
+@nox.session
+def torch(session: nox.Session) -> None:
+    """Run the tests with another PyTorch: its version, then arguments for pytest, after --."""
+    if not session.posargs or session.posargs[0].startswith("-"):
+        session.error("which version? As in: nox -s torch -- 2.7.0")
+    version, *arguments = session.posargs
+    environment = ROOT / ".nox" / f"torch-{version}"
+    python = _python_with(session, environment, "dev", extras="[plot]", torch=version)
+    _run_tests(session, python, *arguments)
 
 
 @nox.session
@@ -121,12 +160,23 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation with its gallery; a warning is an error."""
+    """Build the documentation with its gallery and check its links; a warning is an error."""
     strictly = ["-W", "--keep-going", "-n"]
     built = ROOT / "docs" / "_build" / "html"
     sphinx = [_shared_python(session), "-m", "sphinx", *strictly, "-b", "html"]
     session.run(*sphinx, "docs", str(built), *session.posargs, external=True)
+    session.run(_shared_python(session), "docs/check_links.py", str(built), external=True)
     session.log(f"open {built / 'index.html'}")
+
+
+@nox.session
+def links(session: nox.Session) -> None:
+    """Check where the documentation links to elsewhere, which needs a network."""
+    to = ROOT / "docs" / "_build" / "linkcheck"
+    # The pictures of the gallery play no part.
+    quickly = ["-q", "-D", "sphinx_gallery_conf.plot_gallery=0"]
+    sphinx = [_shared_python(session), "-m", "sphinx", "-b", "linkcheck", *quickly]
+    session.run(*sphinx, "docs", str(to), *session.posargs, external=True)
 
 
 @nox.session

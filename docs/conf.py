@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from abc import ABC
 from pathlib import Path
@@ -23,6 +24,7 @@ extensions = [
     "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
@@ -47,7 +49,10 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signature has them
+autosummary_generate = False  # its tables of one line for each name, without pages of their own
+autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -69,7 +74,16 @@ sphinx_gallery_conf = {
 
 # There is no network in the build, so names of other projects have nowhere to lead.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(_pickle|abc|collections|enum|numpy|scipy|torch|tqdm|typing)(\..*)?")
+    (
+        r"py:.*",
+        r"(_pickle|abc|collections|contextlib|enum|matplotlib|numpy|pathlib|scipy|torch|tqdm"
+        r"|typing)(\..*)?",
+    ),
+    # In signatures: type variables, protocols and what only type checkers import.
+    (r"py:class", r"hessops\.(\w+\.)+(_\w+|AppliesToRows|ArrayConverter|Density|FactorSource)"),
+    (r"py:class", r"hessops\.(\w+\.)+(Operator|OrderedBatches|Pairs|PointGradients|Processes)"),
+    (r"py:class", r"hessops\.(\w+\.)+(Rows|SlicedArray|Structure|Summand)"),
+    (r"py:class", r"DTypeLike|DaskArray|Dataset|Description|LinearOperator|RawUnpack|Reduction"),
 ]
 
 
@@ -85,7 +99,13 @@ def _keep_first_line_of_property(app, what, name, obj, options, lines):
         lines.insert(0, "\\ ")
 
 
+def _keep_single_letters(app, what, name, obj, options, lines):
+    # "operator: A." is a list of one empty item to docutils, unless the letter is escaped.
+    lines[:] = [re.sub(r"^( +\w+: )([A-Za-z]\.( |$))", r"\1\\\2", line) for line in lines]
+
+
 def setup(app):
-    """Connect the hooks above; the second one comes before napoleon."""
+    """Connect the hooks above; those of docstrings come before napoleon."""
     app.connect("autodoc-process-bases", _show_public_bases_only)
     app.connect("autodoc-process-docstring", _keep_first_line_of_property, priority=400)
+    app.connect("autodoc-process-docstring", _keep_single_letters, priority=400)

@@ -36,6 +36,7 @@ from hessops import (
     EkfacOperator,
     GeneralizedGaussNewtonOperator,
     IdentityOperator,
+    InverseOperator,
     KfacOperator,
 )
 from hessops.errors import (
@@ -704,6 +705,31 @@ def test_the_operator_stays_until_refresh() -> None:
     after = operator.refresh().to_dense()
     assert torch.equal(after, given.ekfac().to_dense())
     assert relative_error(after, before) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "invert",
+    [
+        lambda operator: operator.inverse(regularization=Damping(relative=0.1)),
+        lambda operator: operator.shift(LAMBDA).inverse(),
+    ],
+    ids=["inverse", "shifted"],
+)
+def test_an_inverse_stays_until_refresh(
+    invert: Callable[[EkfacOperator], InverseOperator],
+) -> None:
+    model = CASES["layer_norm"].model()
+    given = replace(problem("layer_norm"), model=model)
+    inverse = invert(given.ekfac())
+    before = inverse.to_dense()
+    with torch.no_grad():
+        model[0].weight[0].add_(0.5)
+    assert torch.equal(inverse.to_dense(), before)
+    assert inverse.refresh() is inverse
+    after = inverse.to_dense()
+    assert torch.equal(after, invert(given.ekfac()).to_dense())
+    assert relative_error(after, before) > 1e-3
+    assert bool(inverse.solve(torch.ones_like(after[0])).converged.all())
 
 
 def test_the_callers_state_is_left_alone() -> None:

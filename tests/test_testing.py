@@ -194,6 +194,16 @@ def test_broken_operators_are_caught(name: str) -> None:
         check_operator(operator)
 
 
+def test_a_move_that_looks_at_values_is_caught() -> None:
+    class Looks(Broken):
+        def _move(self, device: torch.device) -> TensorOperator:
+            assert torch.zeros(1, device=device).item() == 0
+            return self._copy_on(device)
+
+    with pytest.raises(ConformanceError, match=r"devices.*must not look at their"):
+        check_operator(Looks(torch.clone))
+
+
 def test_a_wrong_dense_reference_is_caught() -> None:
     wrong = torch.eye(5) * (1 + 1e-6)
     with pytest.raises(ConformanceError, match="dense reference"):

@@ -22,7 +22,7 @@ def _display(translator: HTML5Translator, node: nodes.math_block) -> None:
         latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
     translator.body.append(translator.starttag(node, "div", CLASS="formula"))
     if node["number"]:
-        number = escape(get_node_equation_number(translator, node))
+        number = escape(str(get_node_equation_number(translator, node)))
         translator.body.append(f'<span class="eqno">({number})</span>')
         translator.add_permalink_ref(node, "Link to this equation")
     translator.body.append(convert(latex, display="block"))

@@ -31,6 +31,8 @@ from hessops.printed import Node
 from hessops.processes import Processes, Same, spread
 
 # Adds to a tensor of zeros what a process has, and returns the weight of that.
+__all__ = ["DistributedAveraging", "gather", "shard", "together"]
+
 Fill = Callable[[Tensor], float]
 
 # Hashes travel as pieces of so many bits, which float32 holds exactly.

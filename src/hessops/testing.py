@@ -23,6 +23,8 @@ from hessops.operators.inverse import InverseOperator
 from hessops.operators.solution import SolveStatus
 from hessops.printed import Node, Printed, counted
 
+__all__ = ["ConformanceReport", "check_operator"]
+
 DEFAULT_ACCURACY = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -306,6 +308,11 @@ def _check_devices(subject: _Subject) -> None:
         moved = operator.to("meta")
     except (DeviceError, NotImplementedError) as error:
         raise _DoesNotApply(f"cannot be moved to the meta device: {error}") from error
+    except RuntimeError as error:
+        raise ConformanceError(
+            f"to('meta') raised {type(error).__name__}: {error}; a move copies tensors, and must "
+            "not look at their values"
+        ) from error
     if moved.device.type != "meta" or operator.device.type == "meta":
         raise ConformanceError(f"after to('meta'): {moved.device}, the original {operator.device}")
     if isinstance(operator, InverseOperator):

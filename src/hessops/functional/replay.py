@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from hessops.functional.recording import (
 )
 
 aten = torch.ops.aten
-Overload = OpOverload[Any, Any]
+Overload: TypeAlias = "OpOverload[Any, Any]"  # older versions of torch do not subscript it
 
 # Where a function writes its result to a given tensor, and by what name it gets that. Only what
 # torch computes there directly; of the others, it would copy.

@@ -29,7 +29,12 @@ class InfluenceMode(StrEnum):
 
 
 class BlockMode(StrEnum):
-    """Which parameters interact in the curvature."""
+    """Which parameters interact in the curvature.
+
+    Between blocks the curvature counts as zero, and each block is inverted alone. Members and their
+    names as strings, in any case, mean the same everywhere. `InfluenceFunctionModel` takes blocks
+    of one's own, too.
+    """
 
     FULL = "full"
     """One block of all parameters, named ``"full"``."""
@@ -42,7 +47,10 @@ class BlockMode(StrEnum):
 
 
 class SecondOrderMode(StrEnum):
-    """Which curvature of the mean training loss."""
+    """Which curvature of the mean training loss.
+
+    Members and their names as strings, in any case, mean the same everywhere.
+    """
 
     HESSIAN = "hessian"
     """See `hessops.HessianOperator`."""

@@ -47,8 +47,22 @@ def as_linear_operator(operator: AppliesToRows) -> LinearOperator[Any]:
     the operator's device. ``rmatvec`` and ``rmatmat`` use the adjoint. Real arrays are converted to
     the operator's dtype, in which all products are computed; complex ones are applied to by parts.
 
+    Args:
+        operator: A `hessops.TensorOperator` of size n.
+
+    Returns:
+        A linear operator of shape ``(n, n)``.
+
     Raises:
         DtypeError: bfloat16, which numpy does not have.
+
+    Example:
+        >>> import torch
+        >>> from scipy.sparse.linalg import eigsh
+        >>> from hessops import DiagonalOperator
+        >>> diagonal = DiagonalOperator(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+        >>> eigsh(diagonal.to_scipy(), k=1, return_eigenvectors=False).round(6)
+        array([4.])
     """
     dtype = operator.dtype
     if dtype not in _NUMPY_DTYPES:

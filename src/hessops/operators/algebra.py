@@ -57,7 +57,19 @@ class LinearCombination(CompositeOperator):
 
 
 class SumOperator(LinearCombination):
-    """A + B + ..."""
+    r"""The sum :math:`\sum_i A_i`, which ``A + B`` returns.
+
+    Args:
+        terms: At least one operator, all on the same vectors.
+
+    Example:
+        >>> import torch
+        >>> from hessops import MatrixOperator
+        >>> A = MatrixOperator(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+        >>> total = A + A
+        >>> type(total).__name__, total.apply(torch.ones(2))
+        ('SumOperator', tensor([6., 6.]))
+    """
 
     def __init__(self, terms: Sequence[TensorOperator]) -> None:
         self.terms = tuple(terms)
@@ -97,7 +109,21 @@ class SumOperator(LinearCombination):
 
 
 class ScaledOperator(LinearCombination):
-    """c·A."""
+    """The multiple c·A, which ``c * A``, ``A / c`` and ``-A`` return.
+
+    Args:
+        operator: A.
+        factor: c, a finite number.
+        space: The parameters that the entries stand for; ``None`` takes those of A.
+
+    Example:
+        >>> import torch
+        >>> from hessops import MatrixOperator
+        >>> A = MatrixOperator(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+        >>> multiple = 2 * A
+        >>> type(multiple).__name__, multiple.apply(torch.ones(2))
+        ('ScaledOperator', tensor([6., 6.]))
+    """
 
     def __init__(
         self, operator: TensorOperator, factor: float, *, space: ParameterSpace | None = None
@@ -160,7 +186,21 @@ class ScaledOperator(LinearCombination):
 
 
 class ShiftedOperator(LinearCombination):
-    """A + shift·I."""
+    """The sum A + λI, which ``A.shift(λ)`` returns; solvers tell it apart from A.
+
+    Args:
+        operator: A.
+        shift_value: λ, a finite number.
+        space: The parameters that the entries stand for; ``None`` takes those of A.
+
+    Example:
+        >>> import torch
+        >>> from hessops import MatrixOperator
+        >>> A = MatrixOperator(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+        >>> shifted = A.shift(0.5)
+        >>> type(shifted).__name__, shifted.apply(torch.ones(2))
+        ('ShiftedOperator', tensor([3.5000, 3.5000]))
+    """
 
     def __init__(
         self, operator: TensorOperator, shift_value: float, *, space: ParameterSpace | None = None
@@ -217,7 +257,20 @@ class ShiftedOperator(LinearCombination):
 
 
 class ComposedOperator(CompositeOperator):
-    """A @ B: first B, then A."""
+    """The composition AB, first B and then A, which ``A @ B`` returns.
+
+    Args:
+        left: A.
+        right: B.
+
+    Example:
+        >>> import torch
+        >>> from hessops import MatrixOperator
+        >>> A = MatrixOperator(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+        >>> square = A @ A
+        >>> type(square).__name__, square.apply(torch.ones(2))
+        ('ComposedOperator', tensor([9., 9.]))
+    """
 
     def __init__(self, left: TensorOperator, right: TensorOperator) -> None:
         self.left = left
@@ -266,7 +319,18 @@ class ComposedOperator(CompositeOperator):
 
 
 class TransposedOperator(CompositeOperator):
-    """Aᵀ of an operator with an adjoint hook."""
+    """The transpose Aᵀ, which ``A.T`` returns where A is not symmetric and has an adjoint hook.
+
+    Args:
+        operator: A.
+
+    Example:
+        >>> import torch
+        >>> from hessops import MatrixOperator
+        >>> A = MatrixOperator(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+        >>> type(A.T).__name__, A.T.apply(torch.ones(2))
+        ('TransposedOperator', tensor([1., 5.]))
+    """
 
     def __init__(self, operator: TensorOperator) -> None:
         self.operator = operator

@@ -225,6 +225,7 @@ class KfacInverse(DirectInverse):
             for name, block in blocks.items()
         }
         self.damping: DampingKind = damping
+        self._given = regularization
         values = set(self.block_regularization.values())
         # What is common to all blocks; the others have no single λ.
         super().__init__(operator, values.pop() if len(values) == 1 else None)
@@ -277,6 +278,15 @@ class KfacInverse(DirectInverse):
     def with_regularization(self, regularization: Regularization) -> KfacInverse:
         """The same inverse for another λ, or others; the eigenvectors are shared."""
         return KfacInverse(self._blocks, regularization, self.damping)
+
+    def refresh(self) -> Self:
+        """Lets K take a new copy of its model, and inverts it anew, in place; returns itself.
+
+        A `Damping` is then relative to the new curvature. Where it fails, the inverse stays as is.
+        """
+        anew = KfacInverse(self._blocks.refresh(), self._given, self.damping)
+        vars(self).update(vars(anew))
+        return self
 
     def _known_map(self) -> TensorOperator:
         return self.inverse_map

@@ -359,6 +359,13 @@ class ClosedFormInverse(DirectInverse):
             )
         return ClosedFormInverse(self.operator, inverse_map, shift)
 
+    def refresh(self) -> Self:
+        """Lets A take a new copy of its model, and inverts it anew, in place; returns itself."""
+        super().refresh()
+        known = self.operator._closed_form_inverse(self.regularization)
+        self.inverse_map = self.inverse_map.refresh() if known is None else known
+        return self
+
     def _move(self, device: torch.device) -> Self:
         moved = super()._move(device)
         moved.inverse_map = self.inverse_map.to(device)

@@ -82,6 +82,16 @@ def spectral_density(
         ArgumentTypeError, DtypeError: `density`, `exact` or `ax` is something else.
         ArgumentError: `width` is not positive.
         ShapeError, NonFiniteError: `exact`, or the density itself, cannot be drawn.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from hessops import DiagonalOperator, estimators, plotting
+        >>> matrix = DiagonalOperator(torch.linspace(0, 1, 50, dtype=torch.float64))
+        >>> density = estimators.spectral_density(matrix, num_probes=4)
+        >>> axes = plotting.spectral_density(density, Figure().subplots())
+        >>> axes.get_xlabel()
+        'eigenvalue λ'
     """
     if not isinstance(density, Density):
         raise ArgumentTypeError(f"density must be a SpectralDensity, got {type(density).__name__}")
