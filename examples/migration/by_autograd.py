@@ -1,4 +1,4 @@
-"""Explicit matrices by plain loops of autograd: what the scripts are held against."""
+"""Explicit matrices by `torch.autograd` alone: what the scripts are held against."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ def gradient_rows(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
 
 
 def hessian_matrix(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
-    """The Hessian of the loss of all points, ``(P, P)``, row by row."""
+    """The Hessian of the loss of all points, ``(P, P)``: the gradient of each of the entries."""
     params = tuple(model.parameters())
     gradient = _flat(torch.autograd.grad(loss(model(x), y), params, create_graph=True))
-    rows = [
-        _flat(torch.autograd.grad(entry, params, retain_graph=True, materialize_grads=True))
-        for entry in gradient
-    ]
-    return torch.stack(rows)
+    unit_vectors = torch.eye(len(gradient), dtype=gradient.dtype)
+    rows = torch.autograd.grad(gradient, params, unit_vectors, is_grads_batched=True)
+    return torch.cat([part.flatten(1) for part in rows], dim=1)
 
 
 def mixed_derivatives(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
@@ -47,10 +45,10 @@ def mixed_derivatives(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Ten
 
 
 def rows_of(model: nn.Module, layer: str) -> slice:
-    """Where the parameters of a layer are in the flat vector of all."""
+    """Where a parameter, or the parameters of a layer, are in the flat vector of all."""
     start, stop, position = None, 0, 0
     for name, parameter in model.named_parameters():
-        if name.startswith(f"{layer}."):
+        if f"{name}.".startswith(f"{layer}."):
             start = position if start is None else start
             stop = position + parameter.numel()
         position += parameter.numel()

@@ -7,15 +7,15 @@ from hessops.influence import LissaInfluence
 
 whole = DataLoader(TensorDataset(x, y), batch_size=250)
 influence = LissaInfluence(
-    model, loss, regularization=0.1, scale=2.0, maxiter=700, rtol=1e-10, warn_on_max_iteration=False
+    model, loss, regularization=0.5, scale=2.0, maxiter=150, rtol=1e-10, warn_on_max_iteration=False
 ).fit(whole)
 dampened = LissaInfluence(
     model,
     loss,
-    regularization=0.1,
+    regularization=0.5,
     scale=2.0,
     dampen=0.1,
-    maxiter=300,
+    maxiter=100,
     rtol=1e-10,
     warn_on_max_iteration=False,
 ).fit(whole)

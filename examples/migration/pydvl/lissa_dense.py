@@ -10,7 +10,7 @@ hessian = hessian_matrix(model, loss, x, y)
 identity = torch.eye(len(hessian), dtype=hessian.dtype)
 
 results = {
-    "influences": test @ torch.linalg.solve(hessian + 0.1 * identity, train.T),
+    "influences": test @ torch.linalg.solve(hessian + 0.5 * identity, train.T),
     # The dampening times the scale is added to the diagonal.
-    "with dampening": test @ torch.linalg.solve(hessian + (0.1 + 0.1 * 2.0) * identity, train.T),
+    "with dampening": test @ torch.linalg.solve(hessian + (0.5 + 0.1 * 2.0) * identity, train.T),
 }
