@@ -9,13 +9,13 @@ point i and a prior :math:`\theta \sim \mathcal N(0, \tau^{-1} I)`, the negative
 up to a constant,
 
 .. math:: \sum_i \ell_i(\theta) + \frac\tau2 \lVert\theta\rVert^2
-          = N \Bigl(\frac1N \sum_i \ell_i(\theta) + \frac{\tau}{2N} \lVert\theta\rVert^2\Bigr) .
+          = N (\frac1N \sum_i \ell_i(\theta) + \frac{\tau}{2N} \lVert\theta\rVert^2) .
 
 So training the *mean* loss with weight decay :math:`\tau / N` finds its minimum :math:`\theta^*`,
-and with :math:`G` the generalized Gauss-Newton matrix of the mean loss
+and with :math:`G` the generalized Gauss-Newton matrix of the mean loss the posterior is
 
-.. math:: \theta \sim \mathcal N\bigl(\theta^*,\; \Lambda^{-1}\bigr), \qquad
-          \Lambda = N G + \tau I = N \bigl(G + \tfrac\tau N I\bigr) .
+.. math:: \theta \sim \mathcal N(\theta^*,\; \Lambda^{-1}), \qquad
+          \Lambda = N G + \tau I = N (G + \frac\tau N I) .
 """
 
 # %%
@@ -74,8 +74,8 @@ def laplace(tau: float):
 #
 # How probable are the data under a prior? With :math:`P` parameters, in the same approximation,
 #
-# .. math:: \log p(D) \approx -\sum_i \ell_i(\theta^*) - \frac\tau2 \lVert\theta^*\rVert^2
-#           + \frac P2 \log\tau - \frac12 \log\det\Lambda .
+# .. math:: \log\, p(D) \approx -\sum_i \ell_i(\theta^*) - \frac\tau2 \lVert\theta^*\rVert^2
+#           + \frac P2 \log\,\tau - \frac12 \log\det\Lambda .
 #
 # (The powers of :math:`2\pi` of the prior and of the Gaussian cancel.) The largest value names
 # :math:`\tau` without a point held out. New points agree here. Each value is that of the one
@@ -119,7 +119,7 @@ xi = torch.cat([part.flatten(1) for part in parts], dim=1)
 xi += tau**0.5 * torch.randn(S, P, dtype=torch.float64)
 solution = CgOperator(precision, use_block_cg=True).solve(xi)
 by_solving = solution.value
-print(solution)  # one step: here the samples span the whole space; with fewer it takes more
+print(solution)  # one step: so many samples span the whole space; few of them take more
 
 # %%
 # **Large networks, approximately**: EKFAC knows its eigenvectors, so that its root is a closed
@@ -150,6 +150,8 @@ for name, found in samples.items():
 # With :math:`G` for its curvature, the Gaussian is the posterior of the network made linear in its
 # parameters, so :math:`f(x; \theta^*) + J(x)\, \delta` is what predicts (Immer, Korzepa & Bauer
 # 2021). Samples put into the network itself are worse here than no samples.
+# The samples agree near the data; away from them the boundary may run in many ways, and the
+# probabilities along it are near one half.
 params = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -191,7 +193,7 @@ for ax, (title, probabilities) in zip(axes, shown.items(), strict=True):
     image = probabilities[:, 1].reshape(40, 40).T
     drawn = ax.contourf(axis, axis, image, levels=torch.linspace(0, 1, 21), cmap="RdBu_r")
     for label, mark, color in ((0, "o", "#3b94d1"), (1, "^", "#eda36b")):
-        ax.scatter(*x[y == label].T, s=12, marker=mark, color=color, edgecolor="black", lw=0.5)
+        ax.scatter(*x[y == label].T, s=12, marker=mark, color=color, ec="black", lw=0.5)
     ax.set(title=title, xlabel="$x_1$")
 axes[0].set_ylabel("$x_2$")
 figure.colorbar(drawn, ax=axes, label="probability of class 1", ticks=[0, 0.25, 0.5, 0.75, 1])

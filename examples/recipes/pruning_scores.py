@@ -100,7 +100,8 @@ for products in (10, 30, 100, 300):
     scores = found * theta.square() / 2
     compare(f"diag H, {products} products", found, matrix.diagonal(), scores, damage)
 found = diagonal(CgOperator(H, rtol=1e-3), "hutchinson", num_products=30).value
-compare("diag H⁻¹, 30 solves", found, inverse.diagonal(), theta.square() / (2 * found), surgeon)
+scores = theta.square() / (2 * found)
+compare("diag H⁻¹, 30 solves", found, inverse.diagonal(), scores, surgeon)
 
 # %%
 # Are the costs right?
@@ -108,13 +109,11 @@ compare("diag H⁻¹, 30 solves", found, inverse.diagonal(), theta.square() / (2
 #
 # Take out every tenth of the weights that matter, one at a time, with the best step for the
 # others, and look at the true change of the objective. With the Hessian the median cost is right;
-# the largest ones are too large for a quadratic. With :math:`G` costs are too small by a third or
-# so, as it leaves the curvature of the network itself out. The order is nearly the same.
+# the costliest steps are too long for a quadratic. With :math:`G` costs are too small by a third
+# or so, as it leaves the curvature of the network itself out. The order is nearly the same.
 before, _ = evaluate(theta)
-matrices = {
-    "GGN": inverse,
-    "Hessian": torch.linalg.inv(HessianOperator(model, loss, [(x, y)]).shift(decay).to_dense()),
-}
+hessian = HessianOperator(model, loss, [(x, y)]).shift(decay)
+matrices = {"GGN": inverse, "Hessian": torch.linalg.inv(hessian.to_dense())}
 costs = {}
 for name, inv in matrices.items():
     predicted = theta.square() / (2 * inv.diagonal())
@@ -193,5 +192,5 @@ plt.show()
 #   %.
 # - Biases are removed here like weights. Give them infinite scores to keep them.
 #
-# See also :doc:`/estimates`, :doc:`/solving`, :doc:`composing_operators` and, for the formulas,
+# See also :doc:`/estimates`, :doc:`/solving`, :doc:`/concepts/operators` and, for the formulas,
 # :doc:`/mathematics`.

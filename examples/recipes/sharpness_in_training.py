@@ -58,11 +58,8 @@ def descend(eta, steps, every=25, keep=()):
         value.backward()
         optimizer.step()
     rises = sum(after > before for before, after in pairwise(losses))
-    print(
-        f"step size {eta}: 2/η = {2 / eta:.3f}, sharpness {sharpness[0]:.3f} at first and "
-        f"{sharpness[-1]:.3f} (± {largest_error:.0e}) in the end; "
-        f"the loss rose in {rises} of {steps} steps"
-    )
+    print(f"step size {eta}, 2/η = {2 / eta:.3f}: the loss rose in {rises} of {steps} steps")
+    print(f"  sharpness {sharpness[0]:.3f} to {sharpness[-1]:.3f}, errors <= {largest_error:.0e}")
     return losses, sharpness, kept
 
 
@@ -82,7 +79,8 @@ densities = {
     for step, hessian in runs[2.0][2].items()
 }
 for step, density in densities.items():
-    print(f"step {step:3}: {density}")
+    lowest, highest = density.extremes
+    print(f"step {step:3}: eigenvalues from {lowest:.3f} to {highest:.3f}")
 
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
 for (eta, (losses, sharpness, _)), color in zip(runs.items(), ("C0", "C1"), strict=True):
