@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
@@ -747,6 +748,17 @@ def test_inputs_and_targets_may_be_mappings() -> None:
     x = {"a": inputs(), "b": torch.arange(N).double()}
     y = {"value": values()}
     checked(OfMapping(), lambda o, t: F.mse_loss(o, t["value"]), x, y)
+
+
+@pytest.mark.parametrize(
+    ("x", "call"),
+    [({"a": inputs(), "b": inputs()}, r"model\(\*\*x\)"), ((inputs(),) * 2, r"model\(\*x\)")],
+)
+def test_a_model_of_several_inputs_fails_with_a_note_how_to_pass_them(x: object, call: str) -> None:
+    with pytest.raises(TypeError) as raised:
+        checked(nn.Bilinear(D, D, C).double(), F.mse_loss, x, values())
+    (note,) = raised.value.__notes__
+    assert re.search(call, note)
 
 
 # --- NaN and dtypes ------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
 try:
     HessianOperator(model, torch_mean, loader).apply(v)
 except LossError as error:
-    print(textwrap.fill(f"LossError: {error}", 88))
+    print(textwrap.fill(f"LossError: {error}", 84))
 
 # %%
 # On a batch B, ``CrossEntropyLoss(weight=w)`` is
@@ -70,7 +70,8 @@ for size in sizes:
         means = [len(b) * losses[b].sum() / weights[b].sum() for b in batches]
         axes.plot(size, sum(means) / len(x), "o", color="#c8500a", alpha=0.5)
 axes.axhline(losses.sum() / weights.sum(), color="#0b4f8a", label="all points in one batch")
-axes.set(xscale="log", xlabel="batch size (points)", ylabel="mean over batches of torch's mean")
+axes.set(xscale="log", xlabel="batch size (points)")
+axes.set_ylabel("mean over batches of torch's mean")
 axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
 axes.minorticks_off()
 axes.legend()
@@ -114,9 +115,10 @@ def difference(matrix, reference):
 
 reference = dense_hessian(mean_over_points)
 in_one_batch = HessianOperator(model, weighted, [(x, y)], reduction="none")
-print(f"batches of 32 points: relative error {difference(hessian.to_dense(), reference):.1e}")
-print(f"all in one batch:     relative error {difference(in_one_batch.to_dense(), reference):.1e}")
-assert difference(hessian.to_dense(), reference) < 1e-12
+for name, operator in (("batches of 32 points", hessian), ("one batch", in_one_batch)):
+    error = difference(operator.to_dense(), reference)
+    print(f"{name}: relative error {error:.1e}")
+    assert error < 1e-12
 
 # %%
 # PyTorch's normalisation
@@ -130,7 +132,7 @@ mean_weight = float(weights.mean())
 normalised = hessian / mean_weight
 print(f"mean weight {mean_weight:.3f}")
 error = difference(normalised.to_dense(), dense_hessian(torch_mean))
-print(f"torch's mean of all:  relative error {error:.1e}")
+print(f"torch's mean of all points: relative error {error:.1e}")
 assert error < 1e-12
 
 damped = normalised.shift(1e-3)

@@ -7,10 +7,10 @@ Gauss-Newton matrix (GGN). With :math:`J_i` the Jacobian of the logits :math:`f_
 :math:`p_i` their softmax,
 
 .. math::
-   H = \underbrace{\frac1N \sum_i J_i^\top (\operatorname{diag} p_i - p_i p_i^\top) J_i}_{G}
-     + \frac1N \sum_i \sum_c (p_{ic} - y_{ic})\, \nabla^2 f_{ic} .
+   H = G + \frac1N \sum_i \sum_c (p_{ic} - y_{ic})\, \nabla^2 f_{ic}, \qquad
+   G = \frac1N \sum_i J_i^\top (\operatorname{diag} p_i - p_i p_i^\top) J_i .
 
-The GGN G is positive semi-definite, and it is the Fisher matrix of the model. The second term has
+The GGN G is positive semi-definite, and it is the Fisher matrix of the model. The other term has
 eigenvalues of both signs; it vanishes where every class probability is right. This recipe looks at
 both, and says which one to invert.
 """
@@ -65,7 +65,7 @@ ggn = GeneralizedGaussNewtonOperator(model, loss, batches)
 # --------------------------
 #
 # An operator keeps the parameters that the model had. After more steps, ``refresh()`` takes those
-# of now. The difference of two operators is one, too: it is the second term of the formula.
+# of now. The difference of two operators is one, too: it is the other term of the formula.
 
 
 def compare(name):
@@ -76,7 +76,8 @@ def compare(name):
     print(f"{name}: loss {loss(model(x[train]), y[train]).item():.3f}")
     print(f"  Hessian: from {ends.values[-1]:.3f} to {ends.values[0]:.3f}")
     print(f"  GGN: to {largest.values[0]:.3f}; norm of the difference {second.value:.3f}")
-    return [spectral_density(matrix, num_probes=4, num_steps=40) for matrix in (hessian, ggn)]
+    settings = {"num_probes": 4, "num_steps": 40}
+    return [spectral_density(matrix, **settings) for matrix in (hessian, ggn)]
 
 
 early = compare("after 20 steps")
@@ -86,6 +87,7 @@ hessian.refresh()
 ggn.refresh()
 late = compare("after 200 steps")
 
+# %%
 COLORS = {"Hessian": "#0b4f8a", "GGN": "#c8500a"}
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
 for axis, densities, steps in zip(axes, (early, late), (20, 200), strict=True):
@@ -121,7 +123,7 @@ regularization = 1e-3
 try:
     CgOperator(hessian, regularization).apply(rhs)
 except IndefiniteOperatorError as error:
-    print(textwrap.fill(f"IndefiniteOperatorError: {error}", 88))
+    print(textwrap.fill(f"IndefiniteOperatorError: {error}", 84))
 
 # %%
 # Three ways on: the GGN, for which a preconditioner saves steps; MINRES, which solves indefinite

@@ -101,14 +101,15 @@ def with_penalty(output, target):
 try:
     HessianOperator(model, with_penalty, batches).apply(v)
 except HessopsError as error:
-    print(textwrap.fill(f"{type(error).__name__}: {error}", 88))
+    print(textwrap.fill(f"{type(error).__name__}: {error}", 84))
 
 # %%
 # The Hessian of λ/2 ‖θ‖² is λI, which is a shift. Where only the weights decay and not the biases,
 # it is a diagonal:
 
 whole = hessian.shift(0.01)
-assert torch.allclose(whole.to_dense(), torch.func.jacrev(torch.func.grad(objective))(theta, 0.01))
+reference = torch.func.jacrev(torch.func.grad(objective))(theta, 0.01)
+assert torch.allclose(whole.to_dense(), reference)
 
 decays = [0.01 * torch.ones_like(p) if p.ndim > 1 else 0 * p for p in model.parameters()]
 without_biases = hessian + DiagonalOperator(nn.utils.parameters_to_vector(decays).detach())
@@ -146,7 +147,8 @@ for wrong in (claimed_mean, of_the_whole_batch, without_gradient, noisy, root_at
     try:
         HessianOperator(model, wrong, batches).apply(v)
     except HessopsError as error:
-        print(textwrap.shorten(f"{wrong.__name__}: {error}", 200))
+        print(f"{wrong.__name__}:")
+        print(textwrap.fill(textwrap.shorten(str(error), 160), 84))
 
 # %%
 # For a loss of the whole batch, such as a correlation, a ranking or a contrastive loss, there is no
@@ -170,7 +172,7 @@ with torch.no_grad():
 grid = torch.linspace(-4, 4, 200)
 figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
 axes.hist(residuals, bins=40, density=True, color="#cccccc", label="residuals (density)")
-axes.plot(grid, 1 - grid.tanh() ** 2, color="#0b4f8a", label="weight in the matrix, log cosh")
+axes.plot(grid, 1 - grid.tanh() ** 2, color="#0b4f8a", label="weight for log cosh")
 axes.plot(grid, torch.ones(200), "--", color="#c8500a", label="weight for half the square")
 axes.set(xlabel="residual: output - target (sd)", ylabel="second derivative of the loss")
 axes.set_ylim(0, 1.5)

@@ -171,7 +171,7 @@ changing = GeneralizedGaussNewtonOperator(network, loss, shuffled, unpack=unpack
 try:
     changing.apply(changing.apply(rows))
 except DataChangedError as error:
-    print(textwrap.fill(f"DataChangedError: {error}", 88))
+    print(textwrap.fill(f"DataChangedError: {error}", 84))
 
 # %%
 # Leave the order fixed, as here, or pad to one length, or pass the batches of one pass as a list:
@@ -212,8 +212,8 @@ influence = DirectInfluence(
 test_loader = DataLoader(test, batch_size=50, collate_fn=collate)
 scores = SequentialInfluenceCalculator(influence).influences(test_loader, loader).compute()
 inputs, labels = unpack(collate(train))
-on_itself = influence.self_influence(inputs, labels)
 network.requires_grad_(True)
+on_itself = influence.self_influence(inputs, labels)
 
 # %%
 # A point with a large influence on itself is one that the others do not explain. Among those are
@@ -222,7 +222,7 @@ network.requires_grad_(True)
 suspects = on_itself.topk(40).indices.tolist()
 found = sum(train[i]["is_wrong"] for i in suspects)
 wrong = sum(example["is_wrong"] for example in train)
-print(f"{found} of {wrong} wrong labels are among the 40 largest of {len(train)} self-influences")
+print(f"{found} of {wrong} wrong labels are among the 40 largest self-influences")
 
 # %%
 # And the training reviews behind one prediction, that for the test review with the largest loss

@@ -37,7 +37,8 @@ train, test = order[:342], order[342:]
 model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1)).double()
 loss = nn.MSELoss()
 weight_decay = 0.02
-optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1000, line_search_fn="strong_wolfe")
+settings = {"max_iter": 1000, "line_search_fn": "strong_wolfe"}
+optimizer = torch.optim.LBFGS(model.parameters(), **settings)
 
 
 def objective():
@@ -50,6 +51,9 @@ def objective():
 
 optimizer.step(objective)
 model.eval()
+with torch.no_grad():
+    explained = 1 - loss(model(x[test]), y[test]) / y[test].var()
+print(f"share of the variance explained on test points: {explained:.2f}")
 
 # %%
 # The matrix, and its factors
@@ -96,9 +100,8 @@ with torch.no_grad():
 noise = float(residuals.square().sum() / (len(train) - effective))
 print(f"tr (G + λI)⁻¹ = {inverse_trace}")
 standard_error = weight_decay * inverse_trace.standard_error
-print(
-    f"γ = {effective:.1f} ± {standard_error:.1f} of {num_params} parameters, σ = {noise**0.5:.2f}"
-)
+print(f"γ = {effective:.1f} ± {standard_error:.1f} of {num_params} parameters")
+print(f"σ = {noise**0.5:.2f}")
 
 # %%
 # Error bars
@@ -131,7 +134,8 @@ path[:, bmi] = torch.linspace(-5, 7, 80, dtype=torch.float64)
 along, along_function, along_measurement = predictions(path)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-left.errorbar(y[test, 0], mean, 1.96 * of_measurement, fmt="o", ms=4, color="#0b4f8a", alpha=0.5)
+style = {"fmt": "o", "ms": 4, "color": "#0b4f8a", "alpha": 0.5}
+left.errorbar(y[test, 0], mean, 1.96 * of_measurement, **style)
 left.axline((0, 0), slope=1, color="#222222", lw=1)
 left.set(xlabel="measured progression (sd)", ylabel="predicted progression (sd), 95 %")
 for deviation, shade, name in (
@@ -139,7 +143,8 @@ for deviation, shade, name in (
     (along_function, 0.4, "95 %, the function"),
 ):
     low, high = along - 1.96 * deviation, along + 1.96 * deviation
-    right.fill_between(path[:, bmi], low, high, color="#0b4f8a", alpha=shade, lw=0, label=name)
+    style = {"color": "#0b4f8a", "alpha": shade, "lw": 0, "label": name}
+    right.fill_between(path[:, bmi], low, high, **style)
 right.plot(path[:, bmi], along, color="#0b4f8a")
 right.plot(x[train, bmi], y[train, 0], ".", color="#c97f00", ms=4, label="training points")
 right.set(xlabel="body mass index (sd)", ylabel="progression (sd)")

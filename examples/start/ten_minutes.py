@@ -54,7 +54,8 @@ x_train, y_train, x_test, y_test = x[:250], y[:250], x[250:], y[250:]
 model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)).double()
 loss = nn.CrossEntropyLoss()
 weight_decay = 1e-3
-optimizer = torch.optim.LBFGS(model.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+settings = {"max_iter": 500, "line_search_fn": "strong_wolfe"}
+optimizer = torch.optim.LBFGS(model.parameters(), **settings)
 
 
 def objective():
@@ -67,7 +68,8 @@ def objective():
 
 optimizer.step(objective)
 model.eval()
-print(f"accuracy on test points: {(model(x_test).argmax(dim=1) == y_test).double().mean():.2f}")
+accuracy = (model(x_test).argmax(dim=1) == y_test).double().mean()
+print(f"accuracy on test points: {accuracy:.2f}")
 
 loader = DataLoader(TensorDataset(x_train, y_train), batch_size=64, shuffle=True)
 
@@ -153,7 +155,7 @@ weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0], dtype=torch.float
 try:
     HessianOperator(model, weighted, loader).apply(v)
 except HessopsError as error:
-    print(textwrap.fill(f"{type(error).__name__}: {error}", 88))
+    print(textwrap.fill(f"{type(error).__name__}: {error}", 84))
 
 # %%
 # :doc:`/recipes/class_weights` does as the message says. Active dropout, batch normalisation in
@@ -168,6 +170,8 @@ except HessopsError as error:
 
 pairs = eigenpairs(hessian, k=6, which="both")
 print(pairs)
+
+# %%
 density = spectral_density(hessian, num_probes=10, num_steps=40)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -223,12 +227,12 @@ def draw(axes, point, title):
     sizes = 8 + 150 * row.abs() / row.abs().max()
     for label, color in enumerate(CLASSES):
         of = y_train == label
-        axes.scatter(*x_train[of].T, s=sizes[of], color=color, alpha=0.8, label=f"class {label}")
+        style = {"color": color, "alpha": 0.8, "label": f"class {label}"}
+        axes.scatter(*x_train[of].T, s=sizes[of], **style)
     for name, (sign, color) in RINGS.items():
         top = (sign * row).topk(5).indices
-        axes.scatter(
-            *x_train[top].T, s=sizes[top] + 60, color="none", edgecolors=color, lw=2, label=name
-        )
+        style = {"color": "none", "edgecolors": color, "lw": 2, "label": name}
+        axes.scatter(*x_train[top].T, s=sizes[top] + 60, **style)
     color = CLASSES[int(y_test[point])]
     style = {"s": 260, "marker": "*", "edgecolors": "black", "zorder": 3}
     axes.scatter(*x_test[point], color=color, label="test point", **style)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -93,7 +93,10 @@ class Verification:
 
         def run() -> tuple[_WatchedForward, object]:
             forward = _WatchedForward(self._snapshot, self._batch.x)
-            with self._explaining_dtypes(_floating(self._batch.x, "x")):
+            with (
+                self._explaining_arguments(),
+                self._explaining_dtypes(_floating(self._batch.x, "x")),
+            ):
                 return forward, forward.run()
 
         (forward, output), draws = self._observed(run)
@@ -339,6 +342,21 @@ class Verification:
                         f"{self._place}: {name} is {tensor.dtype}, the parameters are "
                         f"{self._dtype}; convert one of them ({error})"
                     ) from error
+            raise
+
+    @contextmanager
+    def _explaining_arguments(self) -> Iterator[None]:
+        """Says where a forward fails that it was given a tuple or mapping as one argument."""
+        try:
+            yield
+        except Exception as error:
+            for kind, call in ((tuple, "*x"), (Mapping, "**x")):
+                if isinstance(self._batch.x, kind):
+                    error.add_note(
+                        f"{self._place}: x is a {type(self._batch.x).__name__}, which the model "
+                        "gets as one argument; for a model that takes several, pass a module whose "
+                        f"forward(x) returns model({call})"
+                    )
             raise
 
     def _tolerance(self, dtype: torch.dtype) -> float:
