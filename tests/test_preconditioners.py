@@ -31,6 +31,7 @@ from hessops.errors import (
     ArgumentError,
     IndefiniteSketchWarning,
     ParameterNameError,
+    ReadOnlyError,
     StructureError,
 )
 from hessops.functional import operator_nystroem_approximation
@@ -510,3 +511,13 @@ def test_a_direct_inverse_preconditions_without_measuring_itself(solver: str) ->
     inverse = SOLVERS[solver](matrix, given)
     assert bool(inverse.solve(rhs).converged.all())
     assert measured.count == 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_regularization_is_not_assigned_but_replaced(solver: str) -> None:
+    inverse = SOLVERS[solver](random_spd(12, 10.0), None)
+    kept = inverse.regularization
+    with pytest.raises(ReadOnlyError, match=r"regularization.*0\.7.*with_regularization"):
+        inverse.regularization = 0.7
+    assert inverse.regularization == kept
+    assert inverse.with_regularization(0.7).regularization == 0.7

@@ -30,6 +30,10 @@ class ArgumentError(HessopsError, ValueError):
     """An argument has the right type but a value that cannot be used."""
 
 
+class ReadOnlyError(HessopsError, AttributeError):
+    """An attribute is assigned from which other things were made."""
+
+
 class ArgumentTypeError(HessopsError, TypeError):
     """An argument has a type that cannot be used."""
 

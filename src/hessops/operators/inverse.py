@@ -22,6 +22,7 @@ from hessops.errors import (
     MissingInverseError,
     NonFiniteProductError,
     PreconditionerError,
+    ReadOnlyError,
     ShapeError,
     SolverBreakdownError,
     SolverError,
@@ -102,7 +103,7 @@ class InverseOperator(TensorOperator):
                 "as MatrixOperator(matrix)"
             )
         self.operator = operator
-        self.regularization = checked_regularization(regularization)
+        self._regularization = checked_regularization(regularization)
         self.warn_on_max_iteration = warn_on_max_iteration
         super().__init__(
             operator.input_size,
@@ -122,6 +123,23 @@ class InverseOperator(TensorOperator):
         `start` are first guesses of the same shape, and `history` asks for the residual history;
         a method that takes no steps has no use for either.
         """
+
+    @property
+    def regularization(self) -> float:
+        """λ, on top of any shift of A.
+
+        Raises:
+            ReadOnlyError: It is assigned; `with_regularization` makes the inverse for another λ.
+        """
+        return self._regularization
+
+    @regularization.setter
+    def regularization(self, value: object) -> None:
+        # What was factorised or fitted for the old one would be taken for the new one.
+        raise ReadOnlyError(
+            f"{type(self).__name__}.regularization cannot be assigned (got {value!r}): take "
+            "inverse.with_regularization(value), which returns another inverse"
+        )
 
     @property
     def system(self) -> TensorOperator:
@@ -209,7 +227,7 @@ class InverseOperator(TensorOperator):
     def with_regularization(self, regularization: float | None) -> InverseOperator:
         """The same inverse with its own λ replaced; a shift of the operator stays."""
         changed = copy.copy(self)
-        changed.regularization = checked_regularization(regularization)
+        changed._regularization = checked_regularization(regularization)
         return changed
 
     def _closed_form_inverse(self, shift: float) -> TensorOperator | None:

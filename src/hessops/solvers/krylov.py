@@ -144,7 +144,7 @@ class KrylovOperator(InverseOperator):
             StructureError: The method is known not to solve the system.
         """
         changed = self._copy_on(self.device)
-        changed.regularization = checked_regularization(regularization)
+        changed._regularization = checked_regularization(regularization)
         changed._refuse_unsuitable()
         if isinstance(self.preconditioner, Preconditioner) and self._fitted is not None:
             changed._fitted = self.preconditioner.refit(

@@ -165,7 +165,7 @@ class IterativeRefinementOperator(InverseOperator):
         The inner solver is made anew.
         """
         changed = self._copy_on(self.device)
-        changed.regularization = checked_regularization(regularization)
+        changed._regularization = checked_regularization(regularization)
         changed.inner = changed._inner_inverse()
         return changed
 
