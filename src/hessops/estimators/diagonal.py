@@ -24,9 +24,8 @@ DiagonalMethod = Literal["hutchinson", "xdiag"]
 
 # Vectors that are held at once for each product: the probes, their images, the basis and its
 # images, those of the directions removed, the samples, and what is made on the way.
-HELD_VECTORS = (
-    5  # Entries of all vectors that are multiplied at once, to stay within the processor's cache.
-)
+HELD_VECTORS = 5
+# Entries of all vectors that are multiplied at once, to stay within the processor's cache.
 BLOCK_ENTRIES = 2**16
 SMALLER = "use fewer num_products, or method='hutchinson', which keeps none"
 

@@ -353,7 +353,7 @@ def _convex_root(objective: Objective, output: object, batch: Batch) -> OutputRo
         raise StructureError(
             "the loss is not convex in the model's output: the Hessian of a point has a negative "
             "eigenvalue, so that the matrix may be indefinite. Use MinresOperator, or CgOperator "
-            "with a shift above the most negative eigenvalue"
+            "with a shift larger than the magnitude of the most negative eigenvalue"
         ) from error
     except MemoryLimitError as error:
         raise MemoryLimitError(

@@ -49,8 +49,8 @@ _ADVICE = {
     ),
     SolveStatus.INDEFINITE: (
         "The operator has negative curvature, where conjugate gradients do not apply: use a "
-        "Gauss-Newton operator, a regularization above the most negative eigenvalue, or "
-        "MinresOperator."
+        "Gauss-Newton operator, a regularization larger than the magnitude of the most negative "
+        "eigenvalue, or MinresOperator."
     ),
     SolveStatus.BREAKDOWN: (
         "A direction of zero curvature was met before the tolerance: the operator is singular and "
