@@ -175,6 +175,15 @@ def test_any_number_of_pairs(k: int, which: str, method: str) -> None:
     assert pairs.vectors.shape == (min(k, N), N)
 
 
+def test_a_small_matrix_is_decomposed_and_no_copy_of_an_eigenvalue_is_missed() -> None:
+    values = torch.cat([torch.full((30,), 2.0, dtype=F64), torch.linspace(0, 1, 30, dtype=F64)])
+    operator = MatrixOperator(rotated(values), symmetric=True)
+    pairs = eigenpairs(operator, 10)
+    torch.testing.assert_close(pairs.values, torch.full((10,), 2.0, dtype=F64))
+    assert pairs.num_products == 2 * N  # the matrix, and the residuals of all pairs
+    assert eigenpairs(operator, 10, krylov_dimension=N).num_products != 2 * N
+
+
 def test_eigenvalues_of_zero_are_as_well_had_as_others() -> None:
     values = torch.cat([torch.linspace(0.01, 1, 100, dtype=F64), torch.zeros(100)])
     for which in ("smallest", "both"):

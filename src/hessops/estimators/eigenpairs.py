@@ -48,6 +48,9 @@ ROUNDING_FACTOR = 100
 _SHIFTS: dict[SpectrumEnd, float] = {"LM": 0.0, "LA": 2.0, "SA": -2.0, "BE": 2.0}
 # LOBPCG searches a space three times as large as its block, and needs more room around it.
 LOBPCG_ROOM = 5
+# ARPACK takes some ten products for each pair, one by one: as many as the matrix has columns, which
+# cost less, being multiplied together.
+ARPACK_ROOM = 10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,8 +122,8 @@ def eigenpairs(
     Of a multiple eigenvalue, or of several closer together than the tolerance, a Krylov method can
     miss copies, and return the next eigenvalue in their place, with a residual that says nothing of
     it: ARPACK often does, of the many zeros of a Gauss-Newton matrix for one, and LOBPCG seldom for
-    up to k of them. Where k is n or more, or n less than 5k for LOBPCG, the matrix is decomposed by
-    `torch.linalg.eigh`, which misses none.
+    up to k of them. Where n is at most 10k (less than 5k for LOBPCG; k itself, where the Krylov
+    dimension is given), the matrix is decomposed by `torch.linalg.eigh`, which misses none.
 
     Args:
         operator: A, any symmetric operator of float32 or float64. Where symmetry is unknown, two
@@ -229,7 +232,10 @@ class _Settings:
 
     def is_dense(self, count: int, size: int) -> bool:
         """Whether the matrix is decomposed: Krylov methods need room beside the pairs."""
-        return size < LOBPCG_ROOM * count if self.method == "lobpcg" else count >= size
+        if self.method == "lobpcg":
+            return size < LOBPCG_ROOM * count
+        is_as_dear = self.krylov_dimension is None and size <= ARPACK_ROOM * count
+        return count >= size or is_as_dear
 
     def runs(self, count: int) -> list[tuple[SpectrumEnd, int]]:
         """The ends of the spectrum that the method is run for one after the other."""
