@@ -352,6 +352,12 @@ CASES = {
 # --- what must be as it was ----------------------------------------------------------------------
 
 
+# Older versions of torch do not tell.
+_saved_tensors_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
+)
+
+
 def state_of_torch() -> dict[str, object]:
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
     return {
@@ -374,7 +380,7 @@ def state_of_torch() -> dict[str, object]:
         "parametrizations": (parametrize._cache_enabled, len(parametrize._cache)),
         "transforms": torch._C._functorch.peek_interpreter_stack() is None,
         "modes": torch._C._len_torch_function_stack(),
-        "saved tensors": torch._C._autograd._top_saved_tensors_default_hooks(False) is None,
+        "saved tensors": _saved_tensors_hooks(False) is None,
         "warnings": [*map(str, warnings.filters)],
     }
 

@@ -564,7 +564,7 @@ def _spectral() -> Call:
 
 def _stagnating() -> Call:
     hard = random_spd(30, 1e6).float()
-    solve = ihvp.ihvp_at_x_cg(lambda x: x @ hard @ x / 2, torch.zeros(30), max_iter=500, tol=0.0)
+    solve = ihvp.ihvp_at_x_cg(lambda x: x @ hard @ x / 2, torch.zeros(30), max_iter=5000, tol=0.0)
     return partial(solve, torch.ones(30))
 
 
