@@ -146,8 +146,8 @@ for rank, found in enumerate(ranks):
     print(f"rank {rank}: {found['points']} points, scores {tuple(found['scores'].shape)}")
 
 # %%
-# Equal to the last bit in both ranks, and to one process as far as the solver goes, which ends where
-# the residual is below 1e-7 of the right-hand side:
+# Equal to the last bit in both ranks, and to one process as far as the solver goes, which ends
+# where the residual is below 1e-7 of the right-hand side:
 
 assert torch.equal(ranks[0]["factors"], ranks[1]["factors"])
 assert torch.equal(ranks[0]["scores"], ranks[1]["scores"])
