@@ -133,9 +133,9 @@ plt.show()
 # .. math:: C = \frac{1}{\sum_i w_i} \sum_i w_i\, g_i g_i^\top - \bar g \bar g^\top
 #
 # with :math:`\bar g` the weighted mean of the gradients, is no mean over points, because of the
-# second term. A ``TensorDictOperator`` states its parameters and what is known of its structure, and
-# defines ``_apply_rows`` for a stack ``(k, P)``. ``_move`` is optional: it makes ``to`` work. This
-# one holds a row for each point; for more of them than fit, ``_apply_rows`` would pass over data.
+# second term. A ``TensorDictOperator`` states its parameters and what is known of its structure,
+# and defines ``_apply_rows`` for a stack ``(k, P)``. ``_move`` is optional: it makes ``to`` work.
+# This one holds a row for each point; for more than fit, ``_apply_rows`` would pass over data.
 
 
 class GradientCovariance(TensorDictOperator):
