@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -181,6 +183,21 @@ def test_without_a_process_group_there_is_no_average_over_it() -> None:
     for build in (DistributedAveraging, lambda: shard(POINTS), lambda: gather(torch.ones(1))):
         with pytest.raises(DistributedError, match="init_process_group"):
             build()
+
+
+def test_an_operator_outlives_its_process_group_and_says_so() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    loader = DataLoader(POINTS, batch_size=2)
+    H = HessianOperator(nn.Linear(2, 1), nn.MSELoss(), loader, averaging=DistributedAveraging())
+    H.apply(torch.ones(3))
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    assert group() is None  # held by nobody: one that is left may abort the process at its exit
+    with pytest.raises(DistributedError, match="was destroyed"):
+        H.apply(torch.ones(3))
+    with pytest.raises(DistributedError, match="was destroyed"):
+        copy.copy(H).refresh()
+    assert "group destroyed" in repr(H)
 
 
 def test_errors_are_told_apart() -> None:

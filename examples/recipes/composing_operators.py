@@ -17,6 +17,7 @@ compares every step with the dense matrices, which fit in memory here.
 #
 # An operator holds its own copy of the parameters: train first, then make it.
 
+import textwrap
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -126,7 +127,7 @@ torch.testing.assert_close(D.inverse().apply(v), v / D.diagonal)
 try:
     A.inverse()
 except MissingInverseError as error:
-    print(error)
+    print(textwrap.fill(str(error), 84))
 
 inverse = A.inverse(partial(CgOperator, rtol=1e-10))
 solution = inverse.solve(v)

@@ -15,6 +15,8 @@ lost, and where weights of points belong.
 #
 # A batch is a session of measurements here, some of them long and some short.
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_diabetes
@@ -119,7 +121,7 @@ capped @ vector
 try:
     capped @ vector
 except DataChangedError as error:
-    print(error)
+    print(textwrap.fill(str(error), 84))
 
 # %%
 # What is kept
@@ -145,7 +147,7 @@ class Negative(Averaging):
 try:
     HessianOperator(model, loss, sessions, averaging=Negative()) @ vector
 except ArgumentError as error:
-    print(error)
+    print(textwrap.fill(str(error), 84))
 
 # %%
 # Weights of points belong in the loss

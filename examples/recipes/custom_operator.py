@@ -18,6 +18,8 @@ ways, and a kit of tests for both:
 # Small and in float64, so that the kit can compare with a dense matrix to ten digits. The batches
 # are of different sizes on purpose: what is divided by the wrong number shows.
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_wine
@@ -52,13 +54,13 @@ batches = list(zip(x.split(100), y.split(100), strict=True))  # 100 and 78 point
 # A mean over points: the Fisher matrix with a temperature
 # --------------------------------------------------------
 #
-# .. math:: F_T = \frac1n \sum_i J_i^\top \left(\mathrm{diag}(p_i) - p_i p_i^\top\right) J_i,
-#    \qquad p_i = \mathrm{softmax}(z_i / T)
+# .. math:: F_T = \frac1n \sum_i J_i^\top \left(\mathrm{diag}(p_i) - p_i p_i^\top\right) J_i
 #
-# with :math:`J_i` the Jacobian of the logits :math:`z_i` of point i. A ``ModelBatchOperation``
-# holds a copy of model and loss and defines ``_linearize``: run the model once, and return the map
-# from k vectors, ``{name: (k, *shape)}``, to products of the same form: the mean over the points of
-# *this* batch. ``push`` is a product with J, ``pull`` one with its transpose.
+# with :math:`J_i` the Jacobian of the logits :math:`z_i` of point i, and :math:`p_i` the softmax of
+# :math:`z_i / T`. A ``ModelBatchOperation`` holds a copy of model and loss and defines
+# ``_linearize``: run the model once, and return the map from k vectors, ``{name: (k, *shape)}``, to
+# products of the same form, with the mean over the points of *this* batch. ``push`` is a product
+# with J, ``pull`` one with its transpose.
 
 
 class TemperedFisher(ModelBatchOperation):
@@ -128,13 +130,12 @@ plt.show()
 # Any other map: the covariance of weighted gradients
 # ---------------------------------------------------
 #
-# .. math:: C = \frac{1}{\sum_i w_i} \sum_i w_i\, g_i g_i^\top - \bar g \bar g^\top,
-#    \qquad \bar g = \frac{\sum_i w_i\, g_i}{\sum_i w_i}
+# .. math:: C = \frac{1}{\sum_i w_i} \sum_i w_i\, g_i g_i^\top - \bar g \bar g^\top
 #
-# is no mean over points, because of the second term. A ``TensorDictOperator`` states its parameters
-# and what is known of its structure, and defines ``_apply_rows`` for a stack ``(k, P)``.
-# ``_move`` is optional: it makes ``to`` work. This one holds a row for each point; for more of them
-# than fit, ``_apply_rows`` would pass over data.
+# with :math:`\bar g` the weighted mean of the gradients, is no mean over points, because of the
+# second term. A ``TensorDictOperator`` states its parameters and what is known of its structure,
+# and defines ``_apply_rows`` for a stack ``(k, P)``. ``_move`` is optional: it makes ``to`` work.
+# This one holds a row for each point; for more than fit, ``_apply_rows`` would pass over data.
 
 
 class GradientCovariance(TensorDictOperator):
@@ -211,7 +212,7 @@ for kind in (FirstRowOnly, OneSided, AnotherSum, LostPoint):
         check_operator(wrong)
         check_operator(wrong, dense)
     except ConformanceError as error:
-        print(error)
+        print(textwrap.fill(str(error), 84))
     else:
         raise AssertionError(f"{kind.__name__} was not caught")
 

@@ -19,6 +19,7 @@ D + λI, a diagonal that is known.
 # Digits of 8 x 8 pixels. Weights of pixels that hardly vary have a strong prior, the others a weak
 # one: with λ = 1, D + λI covers four orders of magnitude.
 
+import textwrap
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -143,7 +144,8 @@ class WrongSign(Preconditioner):
         return -DiagonalOperator(1 / (prior + 1))
 
 
-print(CgOperator(A, regularization=1.0, preconditioner=WrongSign()).solve(rhs[0]).report())
+failed = CgOperator(A, regularization=1.0, preconditioner=WrongSign()).solve(rhs[0])
+print(textwrap.fill(failed.report(), 84))
 
 # %%
 # Another regularization

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ loader = DataLoader(own, batch_size=200)
 influence = CgInfluence(
     model,
     loss,
-    regularization=0.01,
+    regularization=0.1,
     second_order_mode="generalized_gauss_newton",
     averaging=DistributedAveraging(),
 ).fit(loader)
@@ -122,7 +123,7 @@ torch.save(found, folder / f"rank{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 program = Path(folder.name, "program.py")
-program.write_text(PROGRAM)
+_ = program.write_text(PROGRAM)
 
 # %%
 # Two ranks on this machine
@@ -153,7 +154,7 @@ assert torch.equal(ranks[0]["factors"], ranks[1]["factors"])
 assert torch.equal(ranks[0]["scores"], ranks[1]["scores"])
 
 alone = CgInfluence(
-    model, loss, regularization=0.01, second_order_mode="generalized_gauss_newton"
+    model, loss, regularization=0.1, second_order_mode="generalized_gauss_newton"
 ).fit([(x_train, y_train)])
 factors = alone.influence_factors(x_test, y_test)
 scores = alone.influences_from_factors(factors, x_train, y_train)
@@ -193,12 +194,12 @@ for name, there, here in (
 
 assert ranks[0]["refusals"] == ranks[1]["refusals"]
 for text in ranks[0]["refusals"]:
-    print(text)
+    print(textwrap.fill(text, 84))
 
 try:
     DistributedAveraging()  # in this process there is no group
 except DistributedError as error:
-    print(f"DistributedError: {error}")
+    print(textwrap.fill(f"DistributedError: {error}", 84))
 
 # %%
 # So are other parameters, buffers or losses in one rank, models with sharded parameters (FSDP2,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import platform
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from math import prod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -161,8 +162,11 @@ class DistributedAveraging(Averaging):
         return total.div_(weight).to(like.dtype)
 
     def _node(self) -> Node:
-        rank, size = self._processes.rank, self._processes.size
-        return Node(f"DistributedAveraging({self._averaging!r}, rank {rank} of {size})")
+        try:
+            place = f"rank {self._processes.rank} of {self._processes.size}"
+        except DistributedError:
+            place = "group destroyed"
+        return Node(f"DistributedAveraging({self._averaging!r}, {place})")
 
 
 class GroupOfProcesses(Processes, Copyable):
@@ -174,6 +178,8 @@ class GroupOfProcesses(Processes, Copyable):
     Raises:
         DistributedError: There is none, or this process is not in it.
     """
+
+    _names_of_parts: ClassVar[Mapping[str, str]] = {"_reference": "group"}
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_available() or not dist.is_initialized():
@@ -188,7 +194,24 @@ class GroupOfProcesses(Processes, Copyable):
             )
         world = dist.group.WORLD
         assert world is not None
-        self.group: dist.ProcessGroup = world if group is None else group
+        # Weakly, as torch keeps a group until it is destroyed: one that is held for longer, by an
+        # operator in a global variable, may abort its process at exit (std::terminate in gloo).
+        self._reference = weakref.ref(world if group is None else group)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group.
+
+        Raises:
+            DistributedError: It was destroyed.
+        """
+        group = self._reference()
+        if group is None:
+            raise DistributedError(
+                "the process group was destroyed: call torch.distributed.destroy_process_group "
+                "after the last product, and make operators anew for another group"
+            )
+        return group
 
     def __deepcopy__(self, memo: object) -> Self:
         """Itself: there is one such group in a process."""
