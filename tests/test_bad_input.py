@@ -150,7 +150,7 @@ AT_CONSTRUCTION: dict[str, Case] = {
     "nothing trainable": (
         lambda: problem(model=model().requires_grad_(False)),
         ValueError,
-        "model has no trainable",
+        "has no trainable",
     ),
     "no module": (lambda: problem(model=torch.tanh), TypeError, "model must be"),
     "lazy": (lambda: problem(model=nn.LazyLinear(C)), ValueError, "lazy"),

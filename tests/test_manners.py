@@ -164,7 +164,8 @@ def test_a_solution_says_how_each_right_hand_side_ended() -> None:
     assert lines[0] == "Solution(5 right-hand sides) [5 x 53, float64, cpu]"
     assert lines[1].startswith("├─ 2 converged: at most 1 iteration, relative residual at most ")
     assert lines[2].startswith("├─ 3 max iterations: at most 3 iterations, relative residual at")
-    assert lines[3] == "└─ 4 applications of the operator"
+    assert lines[3].startswith("│  └─ The iterations ran out before the tolerance was met: raise")
+    assert lines[-1] == "└─ 4 applications of the operator"
 
 
 def test_a_preconditioner_is_part_of_the_tree() -> None:

@@ -131,7 +131,7 @@ CASES: dict[str, Case] = {
 def test_every_operator_conforms(name: str, dtype: torch.dtype) -> None:
     operator, dense = CASES[name](dtype)
     report = check_operator(operator, dense)
-    allowed = {"adjointness", "definiteness", "dictionaries", "true residuals"}
+    allowed = {"adjointness", "closed forms", "definiteness", "dictionaries", "true residuals"}
     if dense is None:
         allowed |= {"dense reference"}
     assert set(report.skipped) <= allowed
@@ -202,6 +202,26 @@ def test_a_move_that_looks_at_values_is_caught() -> None:
 
     with pytest.raises(ConformanceError, match=r"devices.*must not look at their"):
         check_operator(Looks(torch.clone))
+
+
+# A hook with a mistake in it, for the diagonal matrix of 1, 2 and 4.
+WRONG_FORMS: dict[str, Callable[..., object]] = {
+    "_closed_form_inverse": lambda A, shift: DiagonalOperator(1 / A.diagonal),  # forgets the shift
+    "_exact_trace": lambda A: 8.0,
+    "_exact_diagonal": lambda A: A.diagonal.flip(0),
+    "_exact_squared_norm": lambda A: 7.0,
+    "_exact_eigenvalues": lambda A: A.diagonal.sqrt(),
+    "_exact_logdet": lambda A, scale, shift: A.diagonal.add(shift).log().sum().item(),
+}
+
+
+@pytest.mark.parametrize("hook", WRONG_FORMS)
+def test_a_wrong_closed_form_is_caught(hook: str) -> None:
+    diagonal = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    kind = type("Wrong", (DiagonalOperator,), {hook: WRONG_FORMS[hook]})
+    assert "closed forms" in check_operator(DiagonalOperator(diagonal)).passed
+    with pytest.raises(ConformanceError, match=f"closed forms: .*{hook}"):
+        check_operator(kind(diagonal))
 
 
 def test_a_wrong_dense_reference_is_caught() -> None:

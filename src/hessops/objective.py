@@ -178,8 +178,7 @@ class Objective(Copyable, Printed):
             except (RuntimeError, NotImplementedError) as error:
                 raise ModelError(
                     f"torch cannot compute a product of {what} for this model and "
-                    f"loss: {error}. A layer or loss without a second derivative, or an operation "
-                    "in place, must be replaced (checkpoints need use_reentrant=False)"
+                    f"loss: {error}. {_remedy(error)}"
                 ) from error
 
     def output(self, params: Mapping[str, Tensor], x: object) -> object:
@@ -226,3 +225,16 @@ class Objective(Copyable, Printed):
         model = type(self.model).__name__
         shown = f"{model}, {self._point_loss.name}, reduction={self.reduction!r}"
         return Node(f"Objective({shown})", parts=[self.space], of=self)
+
+
+def _remedy(error: Exception) -> str:
+    """What to change where torch cannot compute a product."""
+    if "expected device" in str(error) or "on the same device" in str(error):
+        return (
+            "A tensor that model, loss or batch operation hold outside parameters and buffers "
+            "stays where it is: move it to the device of the batch before it is used"
+        )
+    return (
+        "A layer or loss without a second derivative, or an operation in place, must be replaced "
+        "(checkpoints need use_reentrant=False)"
+    )

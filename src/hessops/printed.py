@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from itertools import islice
+from textwrap import wrap
 from typing import TypeVar
 
 import torch
@@ -147,7 +148,7 @@ def _lines(branch: _Branch, before: str, below: str) -> Iterator[str]:
 
 
 def _broken(branch: _Branch, width: int) -> list[str]:
-    """A label in lines: broken behind commas, and elsewhere only where there are none."""
+    """A label in lines: broken behind commas, else between words, else anywhere."""
     pieces = re.split(r"(?<=,) ", " ".join(branch.label.split()))
     lines = [""]
     for piece in pieces:
@@ -155,7 +156,7 @@ def _broken(branch: _Branch, width: int) -> list[str]:
         if len(joined) <= width + (3 if len(lines) == 1 else 0):
             lines[-1] = joined
         else:
-            lines += [piece[start : start + width] for start in range(0, len(piece), width)]
+            lines += wrap(piece, width, break_on_hyphens=False)
     note = f"[{branch.note}]" if branch.note else ""
     whole = f"{lines[-1]} {note}".strip()
     if len(whole) <= width + (3 if len(lines) == 1 else 0):

@@ -93,7 +93,10 @@ class ParameterSpace(Copyable, Printed):
             )
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
-            raise ModelError("model has no trainable parameter (requires_grad=True on none)")
+            raise ModelError(
+                f"model ({type(model).__name__}) has no trainable parameter (requires_grad=True on "
+                "none)"
+            )
         if restrict_to is not None:
             chosen = _chosen_names(restrict_to, every_name, dict(aliases))
             trainable = {name: p for name, p in trainable.items() if name in chosen}

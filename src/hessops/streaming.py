@@ -89,6 +89,7 @@ class Batch(Printed):
             raise DataError(
                 f"batch {position}: {source} {_describe(pair)}, expected a pair (x, y); "
                 "pass unpack=, a function from a batch to (x, y)"
+                + ("; one batch alone is [(x, y)]" if isinstance(pair, Tensor) else "")
             )
         x, y = pair
         return cls(x, y, size=_common_length(x, y, position), position=position)

@@ -25,6 +25,8 @@ from hessops.printed import Node, Printed, counted
 
 __all__ = ["ConformanceReport", "check_operator"]
 
+# Rows of a matrix up to which closed forms are held against it.
+MOST_ROWS = 512
 DEFAULT_ACCURACY = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -58,7 +60,8 @@ def check_operator(
 
     Shapes and their refusals, linearity, adjointness, definiteness, single rows against stacks,
     flat vectors against dictionaries, repeatability, the algebra, products against a dense
-    reference, moves between devices, and that neither arguments nor the random state are touched.
+    reference, closed forms (inverse, trace, eigenvalues, ...) against products, moves between
+    devices, and that neither arguments nor the random state are touched.
     Of an `InverseOperator`, that the residuals it reports are true.
 
     Args:
@@ -322,6 +325,86 @@ def _check_devices(subject: _Subject) -> None:
         raise ConformanceError(f"on meta the result is {tuple(result.shape)} on {result.device}")
 
 
+def _check_closed_forms(subject: _Subject) -> None:
+    operator = subject.operator
+    if isinstance(operator, InverseOperator) or operator.device.type == "meta":
+        raise _DoesNotApply("an inverse, whose residuals are checked")
+    if operator.input_size > MOST_ROWS:
+        raise _DoesNotApply(f"more than {MOST_ROWS} rows to compare with")
+    matrix = operator.to_dense().double()
+    size = matrix.norm().item()
+    # The eigenvalues first: trace and norm follow from them, unless said otherwise.
+    known: dict[str, tuple[Tensor | float | None, Callable[[], Tensor]]] = {
+        "_exact_eigenvalues()": (
+            _in_order(operator._exact_eigenvalues()),
+            lambda: torch.linalg.eigvalsh(matrix),
+        ),
+        "_exact_diagonal()": (operator._exact_diagonal(), matrix.diagonal),
+        "_exact_trace()": (operator._exact_trace(), matrix.trace),
+        "_exact_squared_norm()": (operator._exact_squared_norm(), matrix.square().sum),
+    }
+    given = [name for name, (value, _) in known.items() if value is not None]
+    for name in given:
+        value, expected = known[name]
+        # The trace adds up the rounding of n entries of the diagonal.
+        scale = size**2 if name == "_exact_squared_norm()" else size * operator.input_size**0.5
+        found = torch.as_tensor(value, dtype=torch.float64)
+        subject.require_close(found.cpu(), expected().cpu(), name, torch.tensor(scale))
+    shifts = (0.0, size or 1.0)
+    given += [
+        name
+        for shift in shifts
+        for name in (
+            _checked_inverse(subject, matrix, shift),
+            _checked_logdet(subject, matrix, 0.5, shift),
+        )
+        if name
+    ]
+    if not given:
+        raise _DoesNotApply("nothing is known without products")
+
+
+def _in_order(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.sort().values
+
+
+def _checked_inverse(subject: _Subject, matrix: Tensor, shift: float) -> str:
+    """The name of the hook, where there is a formula for this shift; it is held against A."""
+    try:
+        inverse = subject.operator._closed_form_inverse(shift)
+    except HessopsError:
+        inverse = None
+    if inverse is None:
+        return ""
+    rhs = subject.random(2)
+    value = inverse.apply(rhs).double()
+    image = value @ matrix.T + shift * value
+    # What rounding of the value makes of the residual.
+    scale = rhs.double().norm() + (matrix.norm() + shift) * value.norm()
+    name = f"_closed_form_inverse({shift:.3g})"
+    subject.require_close(image, rhs.double(), f"A times {name}", scale)
+    return name
+
+
+def _checked_logdet(subject: _Subject, matrix: Tensor, scale: float, shift: float) -> str:
+    """The name of the hook, where there is a formula for these; it is held against A."""
+    try:
+        found = subject.operator._exact_logdet(scale, shift)
+    except HessopsError:
+        found = None
+    if found is None:
+        return ""
+    name = f"_exact_logdet({scale}, {shift:.3g})"
+    identity = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+    system = scale * matrix + shift * identity
+    expected = torch.linalg.slogdet(system).logabsdet
+    # A relative error of the matrix is one of the determinant, times the condition number.
+    slack = len(matrix) * torch.linalg.cond(system) + expected.abs()
+    value = torch.tensor(found, dtype=torch.float64)
+    subject.require_close(value, expected.cpu(), name, slack.cpu())
+    return name
+
+
 def _check_true_residuals(subject: _Subject) -> None:
     operator = subject.operator
     if not isinstance(operator, InverseOperator):
@@ -364,5 +447,6 @@ _CHECKS: dict[str, Callable[[_Subject], None]] = {
     "side effects": _check_side_effects,
     "algebra": _check_algebra,
     "devices": _check_devices,
+    "closed forms": _check_closed_forms,
     "true residuals": _check_true_residuals,
 }

@@ -43,8 +43,10 @@ def checked_rows(
             "derivative; use the functions of hessops.functional"
         )
     if tensor.ndim not in (1, 2) or tensor.shape[-1] != size:
+        are_columns = tensor.ndim == 2 and tensor.shape[0] == size
         raise ShapeError(
             f"{name} has shape {tuple(tensor.shape)}, expected ({size},) or (k, {size})"
+            + ("; vectors are rows: transpose it, or use A @ X for columns" if are_columns else "")
         )
     if tensor.dtype != dtype:
         raise DtypeError(

@@ -236,7 +236,8 @@ class Verification:
         raise LossError(
             f"{self._place}: loss is not the {self._point_loss.claim} "
             f"(reduction={self._point_loss.reduction!r}): {contradiction} "
-            "(class weights, ignore_index, or another reduction?). " + ADVICE_ON_LOSS
+            "(class weights, ignore_index, another reduction, or targets that broadcast against "
+            "the output?). " + ADVICE_ON_LOSS
         )
 
     def _verified_loss(self, output: object) -> Tensor:

@@ -72,5 +72,7 @@ def checked_mode(value: object, kind: type[_Mode], name: str) -> _Mode:
         for member in kind:
             if value.lower() == member.value:
                 return member
-    choices = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
-    raise ArgumentError(f"{name} must be one of {choices} or its name, got {value!r}")
+    choices = ", ".join(repr(member.value) for member in kind)
+    raise ArgumentError(
+        f"{name} must be one of {choices}, or a member of {kind.__name__}, got {value!r}"
+    )

@@ -41,7 +41,7 @@ _ADVICE = {
     SolveStatus.CONVERGED: "The true residual is within the tolerance.",
     SolveStatus.MAX_ITERATIONS: (
         "The iterations ran out before the tolerance was met: raise maxiter or regularization, or "
-        "loosen rtol."
+        "loosen rtol. An operator that is not symmetric ends so, too."
     ),
     SolveStatus.STAGNATED: (
         "The true residual stopped falling at the precision of the dtype: use float64, a larger "
@@ -135,30 +135,26 @@ class Solution(Printed):
 
     def _node(self) -> Node:
         rows = counted(len(self.status), "right-hand side")
-        lines = [self._outcome(status) for status in SolveStatus if status in self.status]
+        outcomes = [self._outcome(status) for status in SolveStatus if status in self.status]
         spent = f"{counted(self.num_applications, 'application')} of the operator"
         if self.num_preconditioner_applications:
             spent += f", {self.num_preconditioner_applications} of the preconditioner"
         return Node(
             f"Solution({rows})",
             size_of(self.value),
-            [Node(line) for line in [*lines, spent]],
-            details=[*self._remarks(), *([self.detail] if self.detail else [])],
+            [*outcomes, Node(spent)],
+            details=[self.detail] if self.detail else [],
         )
 
-    def _outcome(self, status: SolveStatus) -> str:
-        """A line for the right-hand sides that ended in one way."""
+    def _outcome(self, status: SolveStatus) -> Node:
+        """A line for the right-hand sides that ended in one way, with advice if it was no good."""
         rows = [i for i, s in enumerate(self.status) if s is status]
         worst = self.relative_residual_norms[rows].max().item()
         iterations = counted(int(self.iterations[rows].max()), "iteration")
         at_most = "at most " if len(rows) > 1 else ""
         residual = f"relative residual {at_most}{worst:.1e}"
-        return f"{len(rows)} {status}: {at_most}{iterations}, {residual}"
-
-    def _remarks(self) -> list[str]:
-        """The advice on what did not converge."""
-        unlike = [s for s in SolveStatus if s in self.status and s is not SolveStatus.CONVERGED]
-        return [f"{status}: {status.advice}" for status in unlike]
+        advice = [] if status is SolveStatus.CONVERGED else [Node(status.advice)]
+        return Node(f"{len(rows)} {status}: {at_most}{iterations}, {residual}", parts=advice)
 
     def report(self) -> str:
         """Some lines to read: the outcomes with their advice, residuals, and what it took."""
