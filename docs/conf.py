@@ -45,6 +45,9 @@ html_title = f"hessops {release}"
 default_role = "code"
 nitpicky = True
 
+# What code printed, right below it, is not for copying.
+copybutton_selector = ":not(.highlight-python + .highlight-text) > div.highlight pre"
+
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -70,6 +73,8 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "show_memory": False,
     "write_computation_times": False,
+    "thumbnail_size": (400, 280),
+    "default_thumb_file": str(Path(__file__).parent / "_static" / "thumbnail.svg"),
 }
 
 # There is no network in the build, so names of other projects have nowhere to lead.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import re
 from collections import Counter
@@ -21,17 +22,47 @@ PAGES = [
     *sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),
 ]
 
-FENCE = re.compile(r"^```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+# A block of text that directly follows one of code is what the code prints.
+FENCE = re.compile(
+    r"^```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$"
+    r"(?:\n+^```text\n(?P<output>.*?)^```$)?",
+    re.DOTALL | re.MULTILINE,
+)
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
-def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """Return the line numbers and the texts of the blocks marked as python."""
+def python_blocks(page: Path) -> list[tuple[int, str, str | None]]:
+    """Return line numbers, texts and shown outputs of the blocks marked as python."""
     text = page.read_text("utf-8")
     return [
-        (text.count("\n", 0, fence.start("code")), fence["code"])
+        (text.count("\n", 0, fence.start("code")), fence["code"], fence["output"])
         for fence in FENCE.finditer(text)
         if fence["language"] == "python"
     ]
+
+
+def says_the_same(printed: str, shown: str) -> bool:
+    """Compare as doctest does with an ellipsis, or up to what the machine does to numbers.
+
+    These are a tenth, for numbers of steps or of random draws, and what is below 1e-6 is rounding.
+    """
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    if doctest.OutputChecker().check_output(shown, printed, options):
+        return True
+    if NUMBER.sub("#", printed).split() != NUMBER.sub("#", shown).split():
+        return False
+    pairs = zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True)
+    return all(float(a) == pytest.approx(float(b), rel=0.1, abs=1e-6) for a, b in pairs)
+
+
+def test_outputs_are_compared_up_to_rounding():
+    shown = "12 steps, residual 3.1e-09\nfloat64\n"
+    assert says_the_same("13 steps,  residual 8.2e-08\nfloat64\n", shown)
+    assert says_the_same("13 steps, residual 8.2e-08\nfloat64\n", "... steps, ...\nfloat64\n")
+    assert not says_the_same("15 steps, residual 3.1e-09\nfloat64\n", shown)
+    assert not says_the_same("12 steps, residual 3.1e-05\nfloat64\n", shown)
+    assert not says_the_same("12 steps, residual 3.1e-09\nfloat32\n", shown)
+    assert not says_the_same("12 steps, residual 3.1e-09\n", shown)
 
 
 @pytest.mark.parametrize(
@@ -39,15 +70,18 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
     [page for page in PAGES if python_blocks(page)],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page.stem}
-    for lines_before, code in python_blocks(page):
+    for lines_before, code, shown in python_blocks(page):
         # Padded, so that a traceback shows the line of the page.
         exec(compile("\n" * lines_before + code, str(page), "exec"), namespace)
-    for name, shown in namespace.items():
-        if name.startswith("test_"):
-            shown()
+        printed = capsys.readouterr().out
+        if shown is not None:
+            assert says_the_same(printed, shown), f"line {lines_before} prints\n{printed}"
+    for name, value in namespace.items():
+        if name.startswith("test_") and inspect.isfunction(value):
+            value()
 
 
 def test_the_readme_has_an_example():

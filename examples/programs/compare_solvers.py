@@ -2,9 +2,12 @@ r"""
 Compare ways to solve
 =====================
 
+Six ways to solve with the curvature of a network, side by side: by passes over the data, and by
+true residuals.
+
 Influence functions need :math:`(H + \lambda I)^{-1} g` for the gradients g of many points. Every
 way to get it here is an operator with the same ``solve``, so that one can be put in the place of
-another and the outcomes compared: by passes over the data, and by *true* residuals.
+another and the outcomes compared.
 """
 
 # %%

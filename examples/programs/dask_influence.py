@@ -4,8 +4,9 @@ Influences on a cluster
 
 The influences of all training points on all test points are a matrix that may be larger than memory
 and take longer than one machine should. Here two worker processes on this computer compute it in
-chunks, and each writes its own chunks to disk. With the address of a cluster in place of
-`LocalCluster` the same program runs there.
+chunks, and each writes its own chunks to disk.
+
+With the address of a cluster in place of `LocalCluster` the same program runs there.
 
 The influence of a training point z on the loss on a test point z' is
 

@@ -4,9 +4,10 @@ Influences with the data on several processes
 
 Training runs on several processes, each with a shard of the data. Influences can stay there: the
 sum over points that a product with the curvature is made of becomes a sum over processes, and
-nothing else changes. Each process solves for the factors :math:`(G + \lambda I)^{-1}
-\nabla\ell(z')` of the test points, together with all others and to the same bits, and then scores
-the training points of its own shard.
+nothing else changes.
+
+Each process solves for the factors :math:`(G + \lambda I)^{-1} \nabla\ell(z')` of the test points,
+together with all others and to the same bits, and then scores the training points of its own shard.
 
 Run it on two processes with
 ``torchrun --nproc-per-node 2 examples/programs/distributed_influence.py``, or on one with

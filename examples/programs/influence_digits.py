@@ -3,6 +3,7 @@ Which training images decide?
 =============================
 
 A network reads a handwritten digit right or wrong. Which of its training images are behind that?
+
 The influence of a training point z on the loss on a test point z' is
 
 .. math:: \mathcal I(z', z) = \langle \nabla\ell(z'), (G + \lambda I)^{-1} \nabla\ell(z)\rangle

@@ -4,6 +4,7 @@ Kronecker factors of a network of digits
 
 The generalized Gauss-Newton matrix G of a network is approximated layer by layer by a Kronecker
 product of two small matrices, one of inputs and one of gradients: KFAC (Martens & Grosse 2015).
+
 EKFAC keeps its eigenvectors q and takes the exact curvatures :math:`q^\top G q` along them for
 eigenvalues (George et al. 2018). Both see the data once or twice, and invert in closed form.
 

@@ -2,6 +2,8 @@ r"""
 Class weights
 =============
 
+What to pass for a loss with class weights, whose mean in PyTorch depends on the batches.
+
 A loss with class weights is a mean over points of weighted losses,
 
 .. math:: L(\theta) = \frac1N \sum_i w_{y_i}\, \ell_i(\theta),

@@ -3,8 +3,10 @@ Classification
 ==============
 
 Cross-entropy has two matrices that are called its curvature: the Hessian and the generalized
-Gauss-Newton matrix (GGN). With :math:`J_i` the Jacobian of the logits :math:`f_i`, and
-:math:`p_i` their softmax,
+Gauss-Newton matrix (GGN). This recipe has both side
+by side, and says which to take for what.
+
+With :math:`J_i` the Jacobian of the logits :math:`f_i`, and :math:`p_i` their softmax,
 
 .. math::
    H = G + \frac1N \sum_i \sum_c (p_{ic} - y_{ic})\, \nabla^2 f_{ic}, \qquad

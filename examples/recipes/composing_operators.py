@@ -3,7 +3,9 @@ Composing operators
 ===================
 
 Operators are combined as matrices are: multiples, sums, shifts, products, transposes, blocks and
-inverses are operators again, and none of them is ever written out. This recipe builds
+inverses are operators again, and none of them is ever written out.
+
+This recipe builds
 
 .. math:: A = 0.9\, H + 0.1\, G + \lambda I
 

@@ -2,11 +2,13 @@ r"""
 A custom averaging
 ==================
 
-An operator is an average over batches, :math:`A = \sum_b w_b A_b / \sum_b w_b`, with
-:math:`A_b` the mean over the points of batch b. The weight of n points is n unless you say
-otherwise: then every point counts the same, and it does not matter how the data are split into
-batches. Other weights are one method, and give that up. This recipe shows what is kept, what is
-lost, and where weights of points belong.
+An operator is an average over batches, weighted by their numbers of points. Other weights are one
+method; this recipe shows what is kept and what is lost with them.
+
+In formulas it is :math:`A = \sum_b w_b A_b / \sum_b w_b`, with :math:`A_b` the mean over the points
+of batch b. The weight of n points is n unless you say otherwise: then every point counts the same,
+and it does not matter how the data are split into batches. Other weights give that up. Weights of
+points belong in the loss, as the last section shows.
 """
 
 # %%

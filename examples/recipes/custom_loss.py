@@ -3,9 +3,10 @@ A loss of your own
 ==================
 
 Any function ``loss(output, target)`` of torch operations will do. You say what it returns, the mean
-over points, their sum or one value for each point, and the claim is checked on the data. What is
-not a function of output and target is not part of the loss: a weight decay is a shift of the
-operator.
+over points, their sum or one value for each point, and the claim is checked on the data.
+
+What is not a function of output and target is not part of the loss: a weight decay is a shift of
+the operator.
 """
 
 # %%

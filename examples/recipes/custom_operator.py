@@ -3,8 +3,9 @@ A custom operator
 =================
 
 A matrix that `hessops` does not have takes one method, and gets everything that others have:
-checks of shapes and dtypes, the algebra, solvers, estimators, moves between devices. There are two
-ways, and a kit of tests for both:
+checks of shapes and dtypes, the algebra, solvers, estimators, moves between devices.
+
+There are two ways, and a kit of tests for both:
 
 * a **batch operation**, for a matrix that is a mean over points. You write the product for one
   batch; the data, the cache and the average are taken care of.

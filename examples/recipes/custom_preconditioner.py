@@ -2,9 +2,11 @@ r"""
 A custom preconditioner
 =======================
 
+What you know of a problem makes the best preconditioner. Here that is a prior over the
+parameters, and conjugate gradients take fewer steps with it.
+
 A preconditioner is a recipe: fitted to an operator A and a regularization λ it yields an operator
-close to :math:`(A + \lambda I)^{-1}`, and conjugate gradients take fewer steps the closer it is.
-What you know of a problem makes the best one. Here that is a prior: the precision of a posterior,
+close to :math:`(A + \lambda I)^{-1}`, the closer the better. The precision of a posterior,
 
 .. math:: A + \lambda I = N G + D + \lambda I,
 

@@ -4,9 +4,10 @@ Sample the posterior of a network (Laplace)
 
 A trained network gives one answer. The Laplace approximation (MacKay 1992) puts a Gaussian around
 the trained parameters, with the curvature of the loss as its precision; its samples show where the
-data leave the answer open. With :math:`N` points, :math:`\ell_i` the negative log-likelihood of
-point i and a prior :math:`\theta \sim \mathcal N(0, \tau^{-1} I)`, the negative log-posterior is,
-up to a constant,
+data leave the answer open.
+
+With :math:`N` points, :math:`\ell_i` the negative log-likelihood of point i and a prior
+:math:`\theta \sim \mathcal N(0, \tau^{-1} I)`, the negative log-posterior is, up to a constant,
 
 .. math:: \sum_i \ell_i(\theta) + \frac\tau2 \lVert\theta\rVert^2
           = N (\frac1N \sum_i \ell_i(\theta) + \frac{\tau}{2N} \lVert\theta\rVert^2) .

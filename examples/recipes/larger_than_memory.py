@@ -3,9 +3,10 @@ Data larger than memory
 =======================
 
 Operators and influences take any iterable of batches that can be iterated again. It may read them
-from disk: what is held at once is a batch, whatever the number of points. This recipe reads a
-memory-mapped file, measures the memory of a product, and finds the most influential points of the
-file without the matrix of all influences.
+from disk: what is held at once is a batch, whatever the number of points.
+
+This recipe reads a memory-mapped file, measures the memory of a product, and finds the most
+influential points of the file without the matrix of all influences.
 """
 
 # %%

@@ -4,8 +4,10 @@ Inputs that are dictionaries
 
 A model in the style of Hugging Face takes its inputs by name, ``model(input_ids=...,
 attention_mask=...)``, and returns an object with ``.logits``; its batches are dictionaries, padded
-to the longest sequence. Two small adapters are all that is needed: a module around the model, and a
-function that takes batches apart.
+to the longest sequence.
+
+Two small adapters are all that is needed: a module around the model, and a function that takes
+batches apart.
 """
 
 # %%

@@ -2,8 +2,10 @@ r"""
 Pruning scores
 ==============
 
-Which weights can go? Near a minimum of an objective :math:`L` with curvature :math:`H`, a step
-:math:`\delta` costs :math:`\frac12 \delta^\top H \delta`. Removing weight :math:`q` is a step with
+Which weights can go? The curvature of the objective says what it costs to remove each of them.
+
+Near a minimum of an objective :math:`L` with curvature :math:`H`, a step :math:`\delta` costs
+:math:`\frac12 \delta^\top H \delta`. Removing weight :math:`q` is a step with
 :math:`\delta_q = -\theta_q`:
 
 - **Optimal brain damage** (LeCun, Denker & Solla 1990) leaves the others as they are. The cost is

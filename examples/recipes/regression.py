@@ -2,8 +2,9 @@ r"""
 Regression
 ==========
 
-Error bars for the predictions of a regression network, from the curvature of its loss. With
-Gaussian noise of variance σ², the Laplace approximation gives the parameters the covariance
+Error bars for the predictions of a regression network, from the curvature of its loss.
+
+With Gaussian noise of variance σ², the Laplace approximation gives the parameters the covariance
 
 .. math:: \Sigma = \frac{2 \sigma^2}{N} \left(G + \lambda I\right)^{-1},
 

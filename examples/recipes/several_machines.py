@@ -2,10 +2,12 @@ r"""
 Several machines
 ================
 
-Data that are spread over processes stay where they are: with ``averaging=DistributedAveraging()``
-an operator adds up the products of all ranks, and everything built on it (solvers, influences)
-works as in one process and ends with the same bits in all of them. This recipe runs two ranks on
-this machine, and compares them with each other and with one process that has all the data.
+Data that are spread over processes stay where they are: an operator adds up the products of all
+ranks, and solvers and influences work as in one process.
+
+They do with ``averaging=DistributedAveraging()``, and all ranks end with the same bits. This recipe
+runs two ranks on this machine, and compares them with each other and with one process that has all
+the data.
 """
 
 # %%

@@ -2,11 +2,13 @@ r"""
 Sharpness and spectrum during training
 ======================================
 
-The sharpness is the largest eigenvalue of the Hessian of the training loss. Gradient descent with
-step size :math:`\eta` diverges along an eigenvector of a quadratic whose eigenvalue exceeds
-:math:`2/\eta`. On networks the sharpness rises until it is there, and then stays around that value
-while the loss goes on falling, though not in every step: the edge of stability (Cohen et al.
-2021).
+The sharpness is the largest eigenvalue of the Hessian of the training loss. In the
+training of a network it rises until it meets a bound that the step size sets.
+
+Gradient descent with step size :math:`\eta` diverges along an eigenvector of a quadratic whose
+eigenvalue exceeds :math:`2/\eta`. On networks the sharpness rises until it is there, and then stays
+around that value while the loss goes on falling, though not in every step: the edge of stability
+(Cohen et al. 2021).
 """
 
 # %%
