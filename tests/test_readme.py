@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,9 @@ PAGES = [
 
 FENCE = re.compile(r"^```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 
+# In the paragraph above a block: which file of the package the block is.
+MODULE_FILE = re.compile(r"`src/(hessops/[\w/]+)\.py`:\s*$")
+
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
     """Return the line numbers and the texts of the blocks marked as python."""
@@ -41,10 +45,18 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 )
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    text = page.read_text("utf-8").splitlines()
     namespace = {"__name__": page.stem}
     for lines_before, code in python_blocks(page):
         # Padded, so that a traceback shows the line of the page.
-        exec(compile("\n" * lines_before + code, str(page), "exec"), namespace)
+        compiled = compile("\n" * lines_before + code, str(page), "exec")
+        if goes_to := MODULE_FILE.search("\n".join(text[: lines_before - 1][-4:])):
+            # A file of its own, which later blocks import from.
+            module = ModuleType(goes_to[1].replace("/", "."))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            exec(compiled, module.__dict__)
+        else:
+            exec(compiled, namespace)
     for name, shown in namespace.items():
         if name.startswith("test_"):
             shown()

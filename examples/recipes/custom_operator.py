@@ -60,8 +60,8 @@ batches = list(zip(x.split(100), y.split(100), strict=True))  # 100 and 78 point
 # :math:`z_i / T`. A ``ModelBatchOperation`` holds a copy of model and loss and defines
 # ``_linearize(batch, *, forward_mode)``: run the model once, and return the map from k vectors,
 # ``{name: (k, *shape)}``, to products of the same form, with the mean over the points of *this*
-# batch. ``push`` is a product with J, ``pull`` one with its transpose. ``forward_mode`` is true only
-# with ``mode="rev-fwd"``, and may be ignored.
+# batch. ``push`` is a product with J, ``pull`` one with its transpose. ``forward_mode`` is true
+# only with ``mode="rev-fwd"``, and may be ignored.
 #
 # The copy of the model moves to other devices by itself. Tensors of your own do not: extend
 # ``_move_parts``, as for the temperature, of which there may be one for each class.
