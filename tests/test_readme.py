@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
+import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,9 @@ FENCE = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+# In the paragraph above a block: which file of the package the block is.
+MODULE_FILE = re.compile(r"`src/(hessops/[\w/]+)\.py`:\s*$")
 
 
 def python_blocks(page: Path) -> list[tuple[int, str, str | None]]:
@@ -72,10 +76,18 @@ def test_outputs_are_compared_up_to_rounding():
 )
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    text = page.read_text("utf-8").splitlines()
     namespace = {"__name__": page.stem}
     for lines_before, code, shown in python_blocks(page):
         # Padded, so that a traceback shows the line of the page.
-        exec(compile("\n" * lines_before + code, str(page), "exec"), namespace)
+        compiled = compile("\n" * lines_before + code, str(page), "exec")
+        if goes_to := MODULE_FILE.search("\n".join(text[: lines_before - 1][-4:])):
+            # A file of its own, which later blocks import from.
+            module = ModuleType(goes_to[1].replace("/", "."))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            exec(compiled, module.__dict__)
+        else:
+            exec(compiled, namespace)
         printed = capsys.readouterr().out
         if shown is not None:
             assert says_the_same(printed, shown), f"line {lines_before} prints\n{printed}"

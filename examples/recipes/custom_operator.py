@@ -59,9 +59,13 @@ batches = list(zip(x.split(100), y.split(100), strict=True))  # 100 and 78 point
 #
 # with :math:`J_i` the Jacobian of the logits :math:`z_i` of point i, and :math:`p_i` the softmax of
 # :math:`z_i / T`. A ``ModelBatchOperation`` holds a copy of model and loss and defines
-# ``_linearize``: run the model once, and return the map from k vectors, ``{name: (k, *shape)}``, to
-# products of the same form, with the mean over the points of *this* batch. ``push`` is a product
-# with J, ``pull`` one with its transpose.
+# ``_linearize(batch, *, forward_mode)``: run the model once, and return the map from k vectors,
+# ``{name: (k, *shape)}``, to products of the same form, with the mean over the points of *this*
+# batch. ``push`` is a product with J, ``pull`` one with its transpose. ``forward_mode`` is true
+# only with ``mode="rev-fwd"``, and may be ignored.
+#
+# The copy of the model moves to other devices by itself. Tensors of your own do not: extend
+# ``_move_parts``, as for the temperature, of which there may be one for each class.
 
 
 class TemperedFisher(ModelBatchOperation):
@@ -71,7 +75,7 @@ class TemperedFisher(ModelBatchOperation):
 
     def __init__(self, model, loss, temperature):
         super().__init__(model, loss)
-        self.temperature = temperature
+        self.temperature = torch.as_tensor(temperature)
 
     def _linearize(self, batch, *, forward_mode):
         leaves = {n: p.detach().requires_grad_() for n, p in self.objective.params.items()}
@@ -86,6 +90,10 @@ class TemperedFisher(ModelBatchOperation):
             return J.pull([weighted / batch.size])
 
         return product
+
+    def _move_parts(self, device):
+        super()._move_parts(device)
+        self.temperature = self.temperature.to(device)
 
 
 # %%
@@ -229,7 +237,8 @@ for kind in (FirstRowOnly, OneSided, AnotherSum, LostPoint):
 # * Claim ``symmetric`` and ``positive_semidefinite`` only where they hold for all data; ``None`` is
 #   unknown, and solvers then watch for themselves.
 # * A map that is not symmetric has a transpose if it defines ``_apply_rows_adjoint``; one with an
-#   inverse in closed form defines ``_closed_form_inverse``.
+#   inverse in closed form defines ``_closed_form_inverse(shift)``, which returns the operator
+#   (A + shift·I)⁻¹ or ``None``. The kit checks such exact hooks, those that are there.
 #
 # See also
 # --------

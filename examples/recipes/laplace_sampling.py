@@ -110,14 +110,20 @@ by_cholesky = torch.linalg.solve_triangular(cholesky.T, normal.T, upper=True).T
 # :math:`\Lambda^{-1} \Lambda \Lambda^{-1}`. As :math:`N G = \sum_i J_i^\top H_i J_i`, with
 # :math:`H_i = \mathrm{diag}(p_i) - p_i p_i^\top` for cross-entropy, such a :math:`\xi` is
 # :math:`\sum_i J_i^\top s_i + \sqrt\tau\, \varepsilon` with :math:`s_i` of covariance :math:`H_i`:
-# one backward pass for each sample. All samples are solved for together.
-logits = model(x)
-p = logits.detach().softmax(dim=1)
-noise = p.sqrt() * torch.randn(S, *p.shape, dtype=torch.float64)
-s = noise - p * noise.sum(dim=2, keepdim=True)
-parts = torch.autograd.grad(logits, list(model.parameters()), s, is_grads_batched=True)
-xi = torch.cat([part.flatten(1) for part in parts], dim=1)
-xi += tau**0.5 * torch.randn(S, P, dtype=torch.float64)
+# one backward pass for each sample. The sum over points is one over batches, each with a graph of
+# its own. All samples are solved for together.
+#
+# ``xi`` is S×P numbers, a batch makes as many beside it, and the solver holds some 12 times as
+# many. Here there are 1000 samples, so that their covariance can be looked at; to predict, take 20
+# to 50 of a large model.
+xi = tau**0.5 * torch.randn(S, P, dtype=torch.float64)
+for x_batch in x.split(100):
+    logits = model(x_batch)
+    p = logits.detach().softmax(dim=1)
+    noise = p.sqrt() * torch.randn(S, *p.shape, dtype=torch.float64)
+    s = noise - p * noise.sum(dim=2, keepdim=True)
+    parts = torch.autograd.grad(logits, list(model.parameters()), s, is_grads_batched=True)
+    xi += torch.cat([part.flatten(1) for part in parts], dim=1)
 solution = CgOperator(precision, use_block_cg=True).solve(xi)
 by_solving = solution.value
 print(solution)  # one step: so many samples span the whole space; few of them take more
@@ -207,6 +213,8 @@ plt.show()
 # - Another loss: it must be a negative log-likelihood. For squared errors with noise of variance
 #   :math:`\sigma^2`, :math:`\ell_i = \lVert f(x_i) - y_i \rVert^2 / 2\sigma^2` plus a constant,
 #   :math:`H_i = I / \sigma^2`, and :math:`s_i` is normal noise divided by :math:`\sigma`.
+# - A network that was trained with weight decay :math:`c` on the mean loss: its prior precision is
+#   :math:`\tau = N c`.
 # - Many parameters: leave the Cholesky factor out. The solve takes a pass over the data per step;
 #   a :class:`hessops.NystroemPreconditioner` makes steps fewer. :func:`hessops.estimators.logdet`
 #   takes quadratures by itself where the matrix is large.

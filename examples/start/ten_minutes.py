@@ -19,6 +19,9 @@ other; the button in the corner of each copies it.
 #
 #     pip install .            # torch, scipy, numpy and tqdm
 #     pip install ".[plot]"    # with matplotlib, which this page needs
+#
+# The recipes and examples also need ``pip install scikit-learn matplotlib``. Where there is no
+# display, write ``plt.savefig("picture.png")`` for ``plt.show()``.
 
 # %%
 # A model and its data
@@ -37,7 +40,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hessops import CgOperator, GeneralizedGaussNewtonOperator, HessianOperator, plotting
+from hessops import (
+    CgOperator,
+    GeneralizedGaussNewtonOperator,
+    HessianOperator,
+    plotting,
+)
 from hessops.errors import HessopsError
 from hessops.estimators import eigenpairs, spectral_density
 from hessops.influence import CgInfluence
@@ -195,10 +203,13 @@ plt.show()
 # helps, negative for one that harms. An influence model makes the gradients, and solves.
 
 influence = CgInfluence(
-    model, loss, regularization=weight_decay, second_order_mode="generalized_gauss_newton"
+    model,
+    loss,
+    regularization=weight_decay,
+    second_order_mode="generalized_gauss_newton",
 ).fit(loader)
 scores = influence.influences(x_test, y_test, x_train, y_train)
-print(f"{tuple(scores.shape)}: a row for each test point, a column for each training point")
+print(tuple(scores.shape))  # a row for each test point, a column for each training point
 
 # %%
 # Two test points: the one with the largest loss, and the one that is read right with the least

@@ -34,7 +34,10 @@ MODES = ("rev-rev", "rev-fwd")
 class ModelBatchOperation(BatchOperation):
     """A batch operation that differentiates an `Objective`.
 
-    A subclass defines `_linearize`: one traversal of the model that yields a linear map of stacks.
+    A subclass defines ``_linearize(batch, *, forward_mode)``: one traversal of the model that
+    yields a linear map of stacks. `forward_mode` is true only with ``mode="rev-fwd"``, and asks for
+    products with a Jacobian by forward mode; a subclass that has none may ignore it. Tensors that a
+    subclass holds are not moved with it unless it extends ``_move_parts(device)``.
 
     Args:
         model: A module; see `Objective` for what is required of model and loss.
@@ -91,7 +94,13 @@ class ModelBatchOperation(BatchOperation):
 
     @abstractmethod
     def _linearize(self, batch: Batch, *, forward_mode: bool) -> LinearFunction:
-        """Traverses the model once; returns the map of stacks ``{name: (k, *shape)}``."""
+        """The hook: traverses the model once; returns the map of stacks ``{name: (k, *shape)}``.
+
+        Args:
+            batch: The points, on the device of the space.
+            forward_mode: Whether products with a Jacobian are to be in forward mode. True only with
+                ``mode="rev-fwd"``, whose products are compared with those for ``False``.
+        """
 
     def _apply_stack(self, batch: Batch, tensors: Stack) -> Stack:
         with self._differentiating():
