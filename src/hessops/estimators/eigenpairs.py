@@ -318,6 +318,7 @@ def _norm(product: CountedProducts, generator: torch.Generator) -> float:
         tol=0.0,
         generator=generator,
         device=operator.device,
+        with_vectors=False,
     )
     return float(pairs.values.abs().max().item())
 

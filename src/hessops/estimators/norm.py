@@ -156,6 +156,7 @@ def _spectral(
         generator=source,
         device=operator.device,
         is_enough=is_enough,
+        with_vectors=False,
     )
     value, bound = _largest(pairs.values, pairs.residual_norms)
     if len(factors) == 2:

@@ -23,7 +23,7 @@ class RitzPairs:
 
     Attributes:
         values: Ritz values, ascending, ``(m,)`` float64.
-        vectors: Orthonormal Ritz vectors as columns, ``(n, m)`` float64.
+        vectors: Orthonormal Ritz vectors as columns, ``(n, m)`` float64, if they were asked for.
         residual_norms: Bounds of ‖Av − θv‖, ``(m,)``.
     """
 
@@ -52,6 +52,7 @@ def ritz_pairs(
     generator: torch.Generator,
     device: torch.device,
     is_enough: Callable[[Tensor, Tensor], bool] | None = None,
+    with_vectors: bool = True,
 ) -> RitzPairs:
     r"""Ritz pairs of a symmetric map from at most `max_iter` products, in float64.
 
@@ -70,6 +71,7 @@ def ritz_pairs(
         device: Where the basis lives.
         is_enough: Told now and then the Ritz values and their residual norms; ``True`` stops before
             `max_iter`.
+        with_vectors: ``False`` returns none, ``(n, 0)``, and needs half of the memory.
 
     Raises:
         NonFiniteProductError: A product is NaN or infinite.
@@ -125,7 +127,8 @@ def ritz_pairs(
         else:
             following, left_out[j] = outside / norm, 0.0
     values, rotation, residuals = _eigenproblem(projection, left_out, steps)
-    return RitzPairs(values, basis[:steps].T @ rotation, residuals)
+    vectors = basis[:steps].T @ rotation if with_vectors else basis[:0].T
+    return RitzPairs(values, vectors, residuals)
 
 
 def _eigenproblem(projection: Tensor, left_out: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -718,6 +718,7 @@ def _extremes(
         tol=0.0,
         generator=generator,
         device=operator.device,
+        with_vectors=False,
     )
     return pairs.values[0].item(), (pairs.values[-1] + pairs.residual_norms[-1]).item()
 
