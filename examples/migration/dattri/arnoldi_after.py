@@ -26,6 +26,6 @@ results = {
     "all eigenpairs: the inverse": every(rows[0]),
 }
 differs = {
-    "all eigenpairs: the inverse": "the basis of dattri loses its orthogonality where the Krylov "
-    "space is exhausted; pairs that are rounding are kept, and divided by their eigenvalue",
+    "all eigenpairs: the inverse": "dattri does not orthogonalise its basis a second time; it is "
+    "lost after some 40 steps, Ritz values of 1e-18 appear, and are divided by",
 }
