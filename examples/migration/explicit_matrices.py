@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from setting import model, x, y
 from torch import Tensor
-from torch.func import functional_call, grad, hessian, jacrev
+from torch.func import functional_call, grad, jacrev
 
 _named = {name: parameter.detach() for name, parameter in model.named_parameters()}
 theta = torch.cat([parameter.reshape(-1) for parameter in _named.values()])
@@ -26,7 +26,7 @@ def outputs(flat: Tensor, inputs: Tensor = x) -> Tensor:
 
 def loss_hessian(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The Hessian of the loss of all training points."""
-    return hessian(lambda flat: loss(outputs(flat), y))(theta)
+    return jacrev(grad(lambda flat: loss(outputs(flat), y)))(theta)
 
 
 def point_gradients(
@@ -42,6 +42,6 @@ def gauss_newton(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     total = torch.zeros_like(identity)
     for a, b in zip(x.split(1), y.split(1), strict=True):
         jacobian = jacrev(outputs)(theta, a)[0]
-        of_output = hessian(lambda out, b=b: loss(out[None], b))(outputs(theta, a)[0])
+        of_output = jacrev(grad(lambda out, b=b: loss(out[None], b)))(outputs(theta, a)[0])
         total += jacobian.T @ of_output @ jacobian
     return total / len(x)

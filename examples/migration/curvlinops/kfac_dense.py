@@ -4,7 +4,7 @@ import torch
 from explicit_matrices import gauss_newton, outputs, theta
 from setting import loss, model, x, y
 from torch import nn
-from torch.func import functional_call, hessian, jacrev
+from torch.func import functional_call, grad, jacrev
 
 v = torch.randn(334, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
 hidden = torch.tanh(model[0](x)).detach()
@@ -81,7 +81,7 @@ for point in x.split(1):
         named
     )
     logits = functional_call(twice, named, (point,))[0]
-    curvature = hessian(lambda out: loss(out, torch.tensor(0)))(logits)
+    curvature = jacrev(grad(lambda out: loss(out, torch.tensor(0))))(logits)
     rows = torch.cat([j.reshape(10, -1) for j in jacobians.values()], dim=1)
     trace += (rows * (curvature @ rows)).sum() / 250
 
