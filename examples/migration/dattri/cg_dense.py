@@ -1,0 +1,16 @@
+"""The same by `torch.linalg`."""
+
+import torch
+from explicit_matrices import identity, loss_hessian, theta
+from setting import loss
+
+rows = torch.randn(3, len(theta), generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
+
+solution = torch.linalg.solve(loss_hessian(loss) + 0.05 * identity, rows.T).T
+
+results = {
+    "ihvp_cg": solution[0],
+    "ihvp_at_x_cg, three rows": solution,
+    "a function that needs one step": torch.tensor([1.0, 2.0]),
+    "a right-hand side of zero": torch.zeros_like(theta),
+}

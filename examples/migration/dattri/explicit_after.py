@@ -1,0 +1,25 @@
+"""Solves with an explicit Hessian."""
+
+import torch
+from setting import loss, model, x, y
+from torch.func import functional_call
+
+from hessops import ParameterSpace
+from hessops.ihvp import ihvp_at_x_explicit, ihvp_explicit
+
+space = ParameterSpace.from_model(model)
+
+
+def train_loss(flat):
+    return loss(functional_call(model, space.unflatten(flat), (x,)), y)
+
+
+theta = space.flatten({name: p.detach() for name, p in model.named_parameters()})
+rows = torch.randn(3, len(theta), generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
+
+solve = ihvp_at_x_explicit(train_loss, theta, regularization=0.05)
+
+results = {
+    "ihvp_explicit": ihvp_explicit(train_loss, regularization=0.05)((theta,), rows[0]),
+    "ihvp_at_x_explicit, three rows": solve(rows),
+}

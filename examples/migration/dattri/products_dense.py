@@ -1,0 +1,18 @@
+"""The same by the explicit Hessian."""
+
+import torch
+from explicit_matrices import identity, loss_hessian, theta
+from setting import loss
+
+rows = torch.randn(3, len(theta), generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
+matrix = loss_hessian(loss)
+of_sum = 6 * torch.arange(1.0, 4.0)  # of Σ wᵢ tᵢ³ at t = 1, times ones
+
+results = {
+    "hvp": matrix @ rows[0],
+    "hvp, forward mode": matrix @ rows[0],
+    "hvp_at_x, with λ": (matrix + 0.1 * identity) @ rows[0],
+    "three rows": rows @ matrix,
+    "by the second argument": of_sum,
+    "argnums=-1, forward mode": of_sum,
+}
