@@ -26,6 +26,7 @@ from public_names import PAGES, PEERS
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-6
 REFERENCE_TOLERANCE = 1e-8
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ class Row:
 def _shown(number: float | None) -> str:
     if number is None:
         return "–"
-    return "another shape or NaN" if np.isinf(number) else f"{number:.1e}"
+    if np.isinf(number):
+        return "another shape or NaN"
+    # Digits of rounding are other ones on every machine.
+    return f"{number:.0e}" if number > ROUNDING else f"< {ROUNDING:.0e}"
 
 
 def compared(topic: str, before: Outcome, after: Outcome, dense: Outcome | None) -> list[Row]:
