@@ -40,7 +40,7 @@ def with_its_group(script: Path) -> object:
 
 # Torch says so itself, where torch.func.jvp is first used.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("script", map(with_its_group, AFTER))
+@pytest.mark.parametrize("script", [with_its_group(script) for script in AFTER])
 def test_a_migrated_script_agrees_with_explicit_matrices(script, harness):
     after = harness.run_here(script)
     assert after.results
