@@ -134,6 +134,12 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def programs(session: nox.Session) -> None:
+    """Check what the programs of the gallery compute, print and draw."""
+    _run_tests(session, _shared_python(session), "-m", "program", "tests", *session.posargs)
+
+
+@nox.session
 def torch(session: nox.Session) -> None:
     """Run the tests with another PyTorch: its version, then arguments for pytest, after --."""
     if not session.posargs or session.posargs[0].startswith("-"):

@@ -11,6 +11,8 @@ from example_scripts import loaded
 
 from hessops import HessianOperator
 
+pytestmark = pytest.mark.program
+
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:

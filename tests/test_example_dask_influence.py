@@ -13,7 +13,7 @@ import torch
 from example_scripts import EXAMPLES, loaded
 
 # One worker of pytest-xdist has all of them, and the script runs once.
-pytestmark = pytest.mark.xdist_group("dask_influence")
+pytestmark = [pytest.mark.program, pytest.mark.xdist_group("dask_influence")]
 
 NUM_TRAIN = 300
 

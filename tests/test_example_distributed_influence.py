@@ -15,7 +15,7 @@ from example_scripts import EXAMPLES, loaded
 from hessops.influence import DirectInfluence
 
 # One worker of pytest-xdist has all of them, and the script runs once.
-pytestmark = pytest.mark.xdist_group("distributed_influence")
+pytestmark = [pytest.mark.program, pytest.mark.xdist_group("distributed_influence")]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from example_scripts import loaded
 
 from hessops import GeneralizedGaussNewtonOperator
 
+pytestmark = pytest.mark.program
+
 NUM_TRAIN = 300
 
 

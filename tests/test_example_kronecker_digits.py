@@ -11,6 +11,8 @@ from example_scripts import loaded
 
 from hessops import GeneralizedGaussNewtonOperator
 
+pytestmark = pytest.mark.program
+
 NUM_TRAIN = 300
 
 

@@ -13,6 +13,8 @@ from hessops import GeneralizedGaussNewtonOperator, Objective
 from hessops.functional import mean_gradient, per_sample_gradients
 from hessops.streaming import Batch
 
+pytestmark = pytest.mark.program
+
 NUM_TRAIN = 150
 
 

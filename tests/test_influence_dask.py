@@ -56,6 +56,7 @@ from hessops.influence import (
     TorchNumpyConverter,
     torch_dataset_to_dask_array,
 )
+from hessops.influence.dask_tasks import Shipment, delivered
 
 # One worker of pytest-xdist has all of them, and so only one has a cluster.
 pytestmark = pytest.mark.xdist_group("dask")
@@ -165,6 +166,17 @@ def test_a_fitted_model_survives_pickling(name: str) -> None:
     for way in (pickle, cloudpickle):
         copy = pickle.loads(way.dumps(model))
         assert torch.equal(copy.influences(p.x_test, p.y_test, p.x, p.y), reference)
+
+
+def test_a_model_is_sent_on_as_it_came_while_a_task_has_hooks_in_it() -> None:
+    model = direct(Points())
+    delivery = delivered(cloudpickle.dumps(Shipment(model, TorchNumpyConverter(), seed=0)))
+    with delivery.in_use() as content:
+        module = content.model.gradient_provider.objective._snapshot.module
+        handle = module.register_forward_hook(lambda *_: pytest.fail("a hook of another task"))
+        sent_on = pickle.loads(pickle.dumps(delivery)).content
+        handle.remove()
+    assert not sent_on.model.gradient_provider.objective._snapshot.module._forward_hooks
 
 
 def test_factors_influences_from_them_and_self_influences(client: Client) -> None:

@@ -49,15 +49,19 @@ class Delivery:
 
     Attributes:
         content: What came.
-        num_bytes: Of its pickled form.
+        payload: Its pickled form, which is sent on where another worker asks for it.
     """
 
     content: Shipment
-    num_bytes: int
+    payload: bytes
 
     def __sizeof__(self) -> int:
         """What the scheduler takes for the cost of sending it on."""
-        return self.num_bytes
+        return len(self.payload)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A worker pickles in one thread what a task works on in another, with hooks in the model.
+        return delivered, (self.payload,)
 
     @contextmanager
     def in_use(self) -> Iterator[Shipment]:
@@ -110,7 +114,7 @@ def require_one_thread_each(threads: dict[str, int]) -> None:
 
 def delivered(payload: bytes) -> Delivery:
     """Unpacks a shipment; a task, so that the scheduler can have it done again."""
-    return Delivery(imported("cloudpickle").loads(payload), len(payload))
+    return Delivery(imported("cloudpickle").loads(payload), payload)
 
 
 def factors_of_chunk(delivery: Delivery, position: int, x: NumpyArray, y: NumpyArray) -> NumpyArray:
