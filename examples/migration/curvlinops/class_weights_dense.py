@@ -1,8 +1,8 @@
 """The same by explicit matrices of the loss of all points; EKFAC has the trace of the GGN."""
 
 import torch
-from explicit_matrices import gauss_newton, loss_hessian
-from setting import x, y
+from explicit_matrices import gauss_newton, hessian_matrix
+from setting import model, x, y
 from torch import nn
 
 v = torch.randn(334, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
@@ -13,7 +13,7 @@ ggn = len(y) * gauss_newton(sums) / weights[y].sum()
 without_3 = len(y) * gauss_newton(counted) / (y != 3).sum()
 
 results = {
-    "Hessian, weighted": loss_hessian(nn.CrossEntropyLoss(weight=weights)) @ v,
+    "Hessian, weighted": hessian_matrix(model, nn.CrossEntropyLoss(weight=weights), x, y) @ v,
     "GGN, weighted": ggn @ v,
     "trace of EKFAC, weighted": ggn.trace(),
     "GGN, label 3 ignored": without_3 @ v,

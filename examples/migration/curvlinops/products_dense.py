@@ -1,17 +1,17 @@
 """The same by explicit matrices."""
 
 import torch
-from explicit_matrices import gauss_newton, loss_hessian, outputs, point_gradients, theta
-from setting import loss, x, y
+from explicit_matrices import gauss_newton, gradient_rows, hessian_matrix, outputs, theta
+from setting import loss, model, x, y
 from torch import nn
 from torch.func import grad
 
 columns = torch.randn(3, 334, generator=torch.Generator().manual_seed(1), dtype=x.dtype).T
 targets = torch.randn(250, 10, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
 
-hessian, ggn = loss_hessian(loss), gauss_newton(loss)
-gradients = point_gradients(loss)
-of_squares = point_gradients(nn.MSELoss(), x, targets)
+hessian, ggn = hessian_matrix(model, loss, x, y), gauss_newton(loss)
+gradients = gradient_rows(model, loss, x, y)
+of_squares = gradient_rows(model, nn.MSELoss(), x, targets)
 blocks = torch.block_diag(hessian[:204, :204], hessian[204:, 204:])
 
 results = {

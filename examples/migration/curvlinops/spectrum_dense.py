@@ -3,10 +3,10 @@
 from math import log, sqrt
 
 import torch
-from explicit_matrices import loss_hessian
-from setting import loss
+from explicit_matrices import hessian_matrix
+from setting import loss, model, x, y
 
-eigenvalues = torch.linalg.eigvalsh(loss_hessian(loss))
+eigenvalues = torch.linalg.eigvalsh(hessian_matrix(model, loss, x, y))
 
 
 def smoothed(centres, low, high, kappa):

@@ -1,11 +1,11 @@
 """The same by explicit matrices, and EKFAC by loops over points and layers."""
 
 import torch
-from explicit_matrices import identity, loss_hessian, point_gradients, theta
-from setting import loss, model, x, x_test, y_test
+from explicit_matrices import gradient_rows, hessian_matrix, identity, theta
+from setting import loss, model, x, x_test, y, y_test
 
-train, test = point_gradients(loss), point_gradients(loss, x_test, y_test)
-exact = train @ torch.linalg.solve(loss_hessian(loss) + 0.05 * identity, test.T)
+train, test = gradient_rows(model, loss, x, y), gradient_rows(model, loss, x_test, y_test)
+exact = train @ torch.linalg.solve(hessian_matrix(model, loss, x, y) + 0.05 * identity, test.T)
 
 # Weight and bias of the first layer, then of the second.
 layers = [torch.arange(204), torch.arange(204, 334)]

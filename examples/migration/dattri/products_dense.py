@@ -1,11 +1,11 @@
 """The same by the explicit Hessian."""
 
 import torch
-from explicit_matrices import identity, loss_hessian, theta
-from setting import loss
+from explicit_matrices import hessian_matrix, identity, theta
+from setting import loss, model, x, y
 
 rows = torch.randn(3, len(theta), generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
-matrix = loss_hessian(loss)
+matrix = hessian_matrix(model, loss, x, y)
 of_sum = 6 * torch.arange(1.0, 4.0)  # of Σ wᵢ tᵢ³ at t = 1, times ones
 
 results = {

@@ -1,7 +1,7 @@
 """The same from explicit matrices."""
 
 import torch
-from by_autograd import gradient_rows, hessian_matrix
+from explicit_matrices import gradient_rows, hessian_matrix
 from setting import loader, loss, model, x, y
 
 gradients = gradient_rows(model, loss, x[:64], y[:64])

@@ -1,7 +1,7 @@
 """Influences from explicit matrices."""
 
 import torch
-from by_autograd import gradient_rows, hessian_matrix
+from explicit_matrices import gradient_rows, hessian_matrix
 from setting import loss, model, x, x_test, y, y_test
 
 train = gradient_rows(model, loss, x, y)

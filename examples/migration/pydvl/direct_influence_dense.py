@@ -1,7 +1,7 @@
 """Influences from explicit matrices."""
 
 import torch
-from by_autograd import gradient_rows, hessian_matrix, mixed_derivatives, rows_of
+from explicit_matrices import gradient_rows, hessian_matrix, mixed_derivatives, rows_of
 from setting import loss, model, x, x_test, y, y_test
 
 test = gradient_rows(model, loss, x_test, y_test)

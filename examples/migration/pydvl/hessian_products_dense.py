@@ -1,7 +1,7 @@
 """Products with explicit matrices."""
 
 import torch
-from by_autograd import gradient_rows, hessian_matrix, rows_of
+from explicit_matrices import gradient_rows, hessian_matrix, rows_of
 from setting import loss, model, x, y
 
 matrix = hessian_matrix(model, loss, x, y)

@@ -1,7 +1,7 @@
 """The mean of the inverses, one matrix for each training point."""
 
 import torch
-from by_autograd import gradient_rows
+from explicit_matrices import gradient_rows
 from setting import loss, model, x, x_test, y, y_test
 
 test = gradient_rows(model, loss, x_test, y_test)

@@ -1,7 +1,7 @@
 """The same, one point and one entry at a time."""
 
 import torch
-from by_autograd import gradient_rows, mixed_derivatives, rows_of
+from explicit_matrices import gradient_rows, mixed_derivatives, rows_of
 from setting import loss, model, x_test, y_test
 
 gradients = gradient_rows(model, loss, x_test, y_test)
