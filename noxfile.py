@@ -169,9 +169,10 @@ def docs(session: nox.Session) -> None:
     """Build the documentation with its gallery and check its links; a warning is an error."""
     strictly = ["-W", "--keep-going", "-n"]
     built = ROOT / "docs" / "_build" / "html"
-    sphinx = [_shared_python(session), "-m", "sphinx", *strictly, "-b", "html"]
+    python = _shared_python(session)
+    sphinx = [python, "-m", "sphinx", *strictly, "-b", "html"]
     session.run(*sphinx, "docs", str(built), *session.posargs, external=True)
-    session.run(_shared_python(session), "docs/check_links.py", str(built), external=True)
+    session.run(python, "docs/check_links.py", str(built), external=True)
     session.log(f"open {built / 'index.html'}")
 
 

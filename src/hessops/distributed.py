@@ -31,9 +31,9 @@ from hessops.hashing import word_of_values
 from hessops.printed import Node
 from hessops.processes import Processes, Same, spread
 
-# Adds to a tensor of zeros what a process has, and returns the weight of that.
 __all__ = ["DistributedAveraging", "gather", "shard", "together"]
 
+# Adds to a tensor of zeros what a process has, and returns the weight of that.
 Fill = Callable[[Tensor], float]
 
 # Hashes travel as pieces of so many bits, which float32 holds exactly.

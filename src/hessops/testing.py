@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from hessops.operators.solution import SolveStatus
 from hessops.printed import Node, Printed, counted
 
 __all__ = ["ConformanceReport", "check_operator"]
+
+_T = TypeVar("_T")
 
 # Rows of a matrix up to which closed forms are held against it.
 MOST_ROWS = 512
@@ -325,84 +328,87 @@ def _check_devices(subject: _Subject) -> None:
         raise ConformanceError(f"on meta the result is {tuple(result.shape)} on {result.device}")
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """What a hook says, and what products say of it."""
+
+    hook: str
+    value: Tensor
+    expected: Tensor
+    scale: Tensor
+
+
 def _check_closed_forms(subject: _Subject) -> None:
     operator = subject.operator
-    if isinstance(operator, InverseOperator) or operator.device.type == "meta":
+    if isinstance(operator, InverseOperator):
         raise _DoesNotApply("an inverse, whose residuals are checked")
     if operator.input_size > MOST_ROWS:
         raise _DoesNotApply(f"more than {MOST_ROWS} rows to compare with")
     matrix = operator.to_dense().double()
-    size = matrix.norm().item()
-    # The eigenvalues first: trace and norm follow from them, unless said otherwise.
-    known: dict[str, tuple[Tensor | float | None, Callable[[], Tensor]]] = {
-        "_exact_eigenvalues()": (
-            _in_order(operator._exact_eigenvalues()),
-            lambda: torch.linalg.eigvalsh(matrix),
-        ),
-        "_exact_diagonal()": (operator._exact_diagonal(), matrix.diagonal),
-        "_exact_trace()": (operator._exact_trace(), matrix.trace),
-        "_exact_squared_norm()": (operator._exact_squared_norm(), matrix.square().sum),
-    }
-    given = [name for name, (value, _) in known.items() if value is not None]
-    for name in given:
-        value, expected = known[name]
-        # The trace adds up the rounding of n entries of the diagonal.
-        scale = size**2 if name == "_exact_squared_norm()" else size * operator.input_size**0.5
-        found = torch.as_tensor(value, dtype=torch.float64)
-        subject.require_close(found.cpu(), expected().cpu(), name, torch.tensor(scale))
-    shifts = (0.0, size or 1.0)
-    given += [
-        name
-        for shift in shifts
-        for name in (
-            _checked_inverse(subject, matrix, shift),
-            _checked_logdet(subject, matrix, 0.5, shift),
-        )
-        if name
-    ]
-    if not given:
+    claims = [*_claims_of_values(operator, matrix)]
+    for shift in (0.0, matrix.norm().item() or 1.0):
+        claims += _claims_of_inverse(subject, matrix, shift)
+        claims += _claims_of_determinant(operator, matrix, 0.5, shift)
+    if not claims:
         raise _DoesNotApply("nothing is known without products")
+    for claim in claims:
+        subject.require_close(claim.value, claim.expected, claim.hook, claim.scale)
 
 
-def _in_order(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.sort().values
+def _claims_of_values(operator: TensorOperator, matrix: Tensor) -> Iterator[_Claim]:
+    norm = matrix.norm()
+    # The trace adds up the rounding of n entries of the diagonal.
+    scale = norm * len(matrix) ** 0.5
+    # The eigenvalues first: trace and norm follow from them, unless said otherwise.
+    eigenvalues = operator._exact_eigenvalues()
+    if eigenvalues is not None:
+        expected = torch.linalg.eigvalsh(matrix)
+        yield _Claim("_exact_eigenvalues()", eigenvalues.sort().values, expected, scale)
+    for hook, expected, allowed in (
+        ("_exact_diagonal", matrix.diagonal(), scale),
+        ("_exact_trace", matrix.trace(), scale),
+        ("_exact_squared_norm", matrix.square().sum(), norm**2),
+    ):
+        value = getattr(operator, hook)()
+        if value is not None:
+            yield _Claim(
+                f"{hook}()",
+                torch.as_tensor(value, dtype=torch.float64).to(matrix),
+                expected,
+                allowed,
+            )
 
 
-def _checked_inverse(subject: _Subject, matrix: Tensor, shift: float) -> str:
-    """The name of the hook, where there is a formula for this shift; it is held against A."""
+def _claims_of_inverse(subject: _Subject, matrix: Tensor, shift: float) -> Iterator[_Claim]:
+    inverse = _formula(subject.operator._closed_form_inverse, shift)
+    if inverse is not None:
+        rhs = subject.random(2)
+        value = inverse.apply(rhs).double()
+        image = value @ matrix.T + shift * value
+        # What rounding of the value makes of the residual.
+        scale = rhs.double().norm() + (matrix.norm() + shift) * value.norm()
+        yield _Claim(f"A times _closed_form_inverse({shift:.3g})", image, rhs.double(), scale)
+
+
+def _claims_of_determinant(
+    operator: TensorOperator, matrix: Tensor, scale: float, shift: float
+) -> Iterator[_Claim]:
+    found = _formula(operator._exact_logdet, scale, shift)
+    if found is not None:
+        system = scale * matrix + shift * torch.eye(len(matrix)).to(matrix)
+        expected = torch.linalg.slogdet(system).logabsdet
+        # A relative error of the matrix is one of the determinant, times the condition number.
+        slack = len(matrix) * torch.linalg.cond(system) + expected.abs()
+        value = torch.tensor(found, dtype=torch.float64).to(matrix)
+        yield _Claim(f"_exact_logdet({scale}, {shift:.3g})", value, expected, slack)
+
+
+def _formula(hook: Callable[..., _T | None], *arguments: float) -> _T | None:
+    """What a hook says, or ``None`` where it has no formula for these arguments."""
     try:
-        inverse = subject.operator._closed_form_inverse(shift)
+        return hook(*arguments)
     except HessopsError:
-        inverse = None
-    if inverse is None:
-        return ""
-    rhs = subject.random(2)
-    value = inverse.apply(rhs).double()
-    image = value @ matrix.T + shift * value
-    # What rounding of the value makes of the residual.
-    scale = rhs.double().norm() + (matrix.norm() + shift) * value.norm()
-    name = f"_closed_form_inverse({shift:.3g})"
-    subject.require_close(image, rhs.double(), f"A times {name}", scale)
-    return name
-
-
-def _checked_logdet(subject: _Subject, matrix: Tensor, scale: float, shift: float) -> str:
-    """The name of the hook, where there is a formula for these; it is held against A."""
-    try:
-        found = subject.operator._exact_logdet(scale, shift)
-    except HessopsError:
-        found = None
-    if found is None:
-        return ""
-    name = f"_exact_logdet({scale}, {shift:.3g})"
-    identity = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
-    system = scale * matrix + shift * identity
-    expected = torch.linalg.slogdet(system).logabsdet
-    # A relative error of the matrix is one of the determinant, times the condition number.
-    slack = len(matrix) * torch.linalg.cond(system) + expected.abs()
-    value = torch.tensor(found, dtype=torch.float64)
-    subject.require_close(value, expected.cpu(), name, slack.cpu())
-    return name
+        return None
 
 
 def _check_true_residuals(subject: _Subject) -> None:
