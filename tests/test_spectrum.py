@@ -180,8 +180,8 @@ def test_a_small_matrix_is_decomposed_and_no_copy_of_an_eigenvalue_is_missed() -
     operator = MatrixOperator(rotated(values), symmetric=True)
     pairs = eigenpairs(operator, 10)
     torch.testing.assert_close(pairs.values, torch.full((10,), 2.0, dtype=F64))
-    assert pairs.num_products == 2 * N  # the matrix, and the residuals of all pairs
-    assert eigenpairs(operator, 10, krylov_dimension=N).num_products != 2 * N
+    assert pairs.num_products == N + 10  # the matrix, and the residuals
+    assert eigenpairs(operator, 10, krylov_dimension=N).num_products != N + 10
 
 
 def test_eigenvalues_of_zero_are_as_well_had_as_others() -> None:

@@ -183,10 +183,11 @@ def eigenpairs(
     ):
         require_symmetric(product, "eigenpairs", source)
         if settings.is_dense(count, operator.input_size):
-            vectors, scale = _dense_vectors(product), None
+            vectors, scale = _dense_vectors(product, count, which), None
         else:
             vectors, scale = _krylov_vectors(product, count, settings, source)
-        pairs = _chosen(_measured(product, vectors), count, which)
+        pairs = _measured(product, vectors)
+        pairs = pairs._at(_chosen(pairs.values, count, which))
     if scale is None:
         return pairs
     return _converged(pairs, count, settings, scale)
@@ -323,13 +324,14 @@ def _norm(product: CountedProducts, generator: torch.Generator) -> float:
     return float(pairs.values.abs().max().item())
 
 
-def _dense_vectors(product: CountedProducts) -> Tensor:
-    """All eigenvectors, as rows."""
+def _dense_vectors(product: CountedProducts, count: int, which: Which) -> Tensor:
+    """The eigenvectors that were asked for, as rows."""
     operator = product.operator
     matrix = operator.to_dense().double()
     product.work(operator.input_size)
-    vectors: Tensor = torch.linalg.eigh((matrix + matrix.T) / 2)[1]
-    return vectors.T.to(operator.dtype)
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    descending: Tensor = vectors.T.flip(0)
+    return descending[_chosen(values.flip(0), count, which)].to(operator.dtype)
 
 
 def _measured(product: CountedProducts, vectors: Tensor) -> Eigenpairs:
@@ -347,9 +349,8 @@ def _measured(product: CountedProducts, vectors: Tensor) -> Eigenpairs:
     return pairs._at(order)
 
 
-def _chosen(pairs: Eigenpairs, count: int, which: Which) -> Eigenpairs:
-    """Those that were asked for, of at least as many in descending order."""
-    values = pairs.values
+def _chosen(values: Tensor, count: int, which: Which) -> Tensor:
+    """The places of those that were asked for, of values in descending order."""
     order = torch.arange(len(values), device=values.device)
     lower = count // 2
     if which == "largest":
@@ -360,7 +361,7 @@ def _chosen(pairs: Eigenpairs, count: int, which: Which) -> Eigenpairs:
         order = values.abs().argsort(descending=True, stable=True)[:count].sort().values
     elif len(values) > count:
         order = torch.cat([order[: count - lower], order[len(values) - lower :]])
-    return pairs._at(order)
+    return order
 
 
 def _converged(pairs: Eigenpairs, count: int, settings: _Settings, scale: float) -> Eigenpairs:
