@@ -31,7 +31,7 @@ class ArgumentError(HessopsError, ValueError):
 
 
 class ReadOnlyError(HessopsError, AttributeError):
-    """An attribute is assigned from which other things were made."""
+    """An attribute that other things were made from is assigned; the message says what to call."""
 
 
 class ArgumentTypeError(HessopsError, TypeError):
