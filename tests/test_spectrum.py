@@ -181,6 +181,8 @@ def test_a_small_matrix_is_decomposed_and_no_copy_of_an_eigenvalue_is_missed() -
     pairs = eigenpairs(operator, 10)
     torch.testing.assert_close(pairs.values, torch.full((10,), 2.0, dtype=F64))
     assert pairs.num_products == N + 10  # the matrix, and the residuals
+    of_size = eigenpairs(-operator, 10, "magnitude")
+    torch.testing.assert_close(of_size.values, torch.full((10,), -2.0, dtype=F64))
     assert eigenpairs(operator, 10, krylov_dimension=N).num_products != N + 10
 
 
